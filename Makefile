@@ -1,0 +1,61 @@
+# Everything runs from .venv, which is made and kept up to date by the first target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo run test test-more test-gpu check bench lock
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(INSTALLED) ## Make .venv and install everything, pinned; TORCH_INDEX=URL takes torch from there
+
+demo: setup ## From a CSV to a verdict and predictions, then stop; FILE=your.csv for your own
+	@$(BIN)/tuneproof demo $(if $(FILE),'$(FILE)')
+
+run: setup ## Start the API and one worker on what is in ./data
+	@$(BIN)/tuneproof up
+
+test: setup ## The tests, in under five minutes on two cores
+	$(BIN)/pytest -m "not more and not gpu"
+
+test-more: setup ## What is heavier, or needs servers or browsers
+	$(BIN)/pytest -m more
+
+test-gpu: setup ## What needs a CUDA GPU
+	$(BIN)/pytest -m gpu
+
+check: setup ## Style, types, imports, migrations in step with the models, lines by room
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -P -m service migrate --check
+	$(BIN)/python tools/lines.py
+
+bench: setup ## Every benchmark's table; BENCH_ARGS=--quick for short runs
+	@for program in $(wildcard benchmarks/[a-z]*.py); do echo "== $$program"; $(BIN)/python "$$program" $(BENCH_ARGS); done
+
+# The pins are what a fresh environment gets today. No local versions such as torch's `+cpu`, which exist only
+# where that build can be seen, and no CUDA libraries: torch names those itself, to the patch.
+lock: ## Write constraints.txt anew from the newest versions that pyproject.toml allows
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/python" -m pip --disable-pip-version-check -qq install '.[server,dev]'; \
+	{ echo '# What `make setup` installs, pinned. Made by `make lock`; do not edit.'; \
+	  "$$folder/venv/bin/python" -m pip --disable-pip-version-check freeze --exclude tuneproof --exclude setuptools \
+	  | sed -E 's/\+[a-z0-9.]+$$//' | grep -Ev '^(nvidia-|cuda-|triton)'; } > "$$folder/constraints.txt"; \
+	cp "$$folder/constraints.txt" constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	$(if $(TORCH_INDEX),@$(PIP) install --no-deps --constraint constraints.txt --index-url '$(TORCH_INDEX)' torch)
+	@$(PIP) install --constraint constraints.txt --editable '.[server,dev]'
+	@touch $@

@@ -1,0 +1,94 @@
+"""Every setting of the service and the worker, from `TUNEPROOF_*` variables."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+class Settings(BaseSettings):
+    """Built once where a process starts, then handed down. Nobody else reads the environment."""
+
+    model_config = SettingsConfigDict(env_prefix="TUNEPROOF_", frozen=True, extra="ignore")
+
+    data_dir: Annotated[Path, Field(description="Folder of the database, the artifacts and the workers' scratch.")] = (
+        Path("data")
+    )
+    database_url: Annotated[str, Field(description="SQLAlchemy URL; empty means SQLite in the data folder.")] = ""
+    storage_url: Annotated[str, Field(description="fsspec URL of the artifacts; empty means a folder in data.")] = ""
+    models_dir: Annotated[
+        Path | None,
+        Field(description="Folder whose subfolders (`config.json` and safetensors) are allowed base models."),
+    ] = None
+    host: Annotated[str, Field(description="Address the API listens on; beyond loopback it needs a key.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="Port the API listens on; 0 takes a free one.")] = 8000
+    bootstrap_key: Annotated[
+        SecretStr | None,
+        Field(description="A first admin key, stored (hashed) at start where no key exists; for containers."),
+    ] = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="What is logged.")] = "info"
+
+    max_upload_bytes: Annotated[int, Field(ge=1, description="Largest upload.")] = 2 * GiB
+    max_labels: Annotated[int, Field(ge=2, description="Most labels a dataset may have.")] = 1000
+    min_free_bytes: Annotated[int, Field(ge=0, description="Uploads and jobs are refused below this free space.")] = (
+        512 * MiB
+    )
+
+    lease_seconds: Annotated[float, Field(ge=2, description="How long a silent worker keeps its job.")] = 60.0
+    max_attempts: Annotated[int, Field(ge=1, description="Lost attempts after which a job is `worker_lost`.")] = 3
+    poll_seconds: Annotated[float, Field(gt=0, le=60, description="How often an idle worker asks for work.")] = 1.0
+    delete_grace_seconds: Annotated[
+        float, Field(ge=0, description="How long the bytes of something deleted stay for readers still at them.")
+    ] = 60.0
+
+    serve_device: Annotated[
+        str, Field(description="Where predictions run: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
+    ] = "auto"
+    serve_dtype: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Field(description="Precision of served base weights; `auto` is fp32 on a CPU, bf16 on a GPU."),
+    ] = "auto"
+    serve_memory_bytes: Annotated[
+        int, Field(ge=1, description="Memory for served base models; the least recently used makes room.")
+    ] = 8 * GiB
+    adapter_cache_bytes: Annotated[int, Field(ge=1, description="Memory for adapters kept beside the bases.")] = 1 * GiB
+    serve_threads: Annotated[
+        int, Field(ge=0, description="CPU threads of the engine; 0 takes half of the cores, so training keeps some.")
+    ] = 0
+    predict_max_texts: Annotated[int, Field(ge=1, description="Most texts in one call of `/predict`.")] = 1024
+    predict_max_chars: Annotated[int, Field(ge=1, description="Longest text in `/predict`, in characters.")] = 100_000
+    predict_queue_chars: Annotated[
+        int, Field(ge=1, description="Characters that may wait for the engine before `/predict` answers 429.")
+    ] = 20_000_000
+    predict_timeout_seconds: Annotated[float, Field(gt=0, description="After this `/predict` answers 504.")] = 60.0
+
+    @model_validator(mode="after")
+    def _queue_holds_one_call(self) -> "Settings":
+        if self.predict_queue_chars < self.predict_max_chars:
+            raise ValueError(
+                f"TUNEPROOF_PREDICT_QUEUE_CHARS ({self.predict_queue_chars}) is under TUNEPROOF_PREDICT_MAX_CHARS "
+                f"({self.predict_max_chars}): an allowed text could never be queued. Raise the first or lower the second."
+            )
+        return self
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'tuneproof.db'}"
+
+    @property
+    def resolved_storage_url(self) -> str:
+        return self.storage_url or f"file://{self.data_dir.absolute() / 'storage'}"
+
+    @property
+    def listens_beyond_loopback(self) -> bool:
+        if self.host == "localhost":
+            return False
+        try:
+            return not ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return True

@@ -1,0 +1,103 @@
+"""What a job is asked to do. One definition, for the API that checks it and the worker that runs it."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Auto = Literal["auto"]
+Kind = Literal["experiment", "train", "baseline", "predict"]
+BaselineMethod = Literal["majority", "tfidf_logreg", "embedding_logreg", "zero_shot"]
+MAX_SEED = 2**32 - 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Share = Annotated[float, Field(ge=0.05, le=0.9)]
+
+
+class SplitSpec(_Part):
+    """Shares of the usable rows."""
+
+    train: Share = 0.8
+    validation: Share = 0.1
+    test: Share = 0.1
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> "SplitSpec":
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train, validation and test must sum to 1, these sum to {total:g}")
+        return self
+
+
+class BaselineSpec(_Part):
+    """The methods to compare the fine-tune with."""
+
+    methods: list[BaselineMethod] = Field(
+        default=["majority", "tfidf_logreg", "embedding_logreg", "zero_shot"], min_length=1, max_length=4
+    )
+    sample_size: Annotated[int, Field(ge=10, le=10_000)] = 300
+    prompt_model: Annotated[str, Field(min_length=1, max_length=200)] = "auto"
+    prompt_template: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
+    few_shot: Annotated[int, Field(ge=0, le=64)] = 0
+
+    @model_validator(mode="after")
+    def _methods_are_distinct(self) -> "BaselineSpec":
+        if len(set(self.methods)) != len(self.methods):
+            raise ValueError("baseline.methods names a method twice; name each once")
+        return self
+
+    @model_validator(mode="after")
+    def _template_has_its_places(self) -> "BaselineSpec":
+        if self.prompt_template is not None:
+            missing = [place for place in ("{labels}", "{text}") if place not in self.prompt_template]
+            if missing:
+                raise ValueError(f"prompt_template must contain {{labels}} and {{text}}; missing: {', '.join(missing)}")
+        return self
+
+
+class TrainSpec(_Part):
+    """The LoRA fine-tune. `auto` is replaced by the value in force as soon as it is known."""
+
+    epochs: Annotated[int, Field(ge=1, le=100)] | Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
+    learning_rate: Annotated[float, Field(ge=1e-7, le=1e-1)] | Auto = "auto"
+    max_length: Annotated[int, Field(ge=8, description="In tokens; at most the base model's limit.")] = 192
+    lora_rank: Annotated[int, Field(ge=1, le=256)] = 16
+    lora_alpha: Annotated[int, Field(ge=1, le=512)] = 32
+    lora_dropout: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    target_modules: Literal["attention"] = "attention"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool | Auto = "auto"
+    class_weights: Literal["none", "balanced"] = "none"
+    early_stopping_patience: Annotated[int, Field(ge=0, le=50)] = 2
+
+
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class JobSpec(_Part):
+    """The body of `POST /jobs`; every field has a good default but `dataset_id`."""
+
+    dataset_id: Annotated[str, Field(max_length=64)] | None = None
+    kind: Kind = "experiment"
+    name: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    base_model: Annotated[str, Field(min_length=1, max_length=200)] = "auto"
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 42
+    split: SplitSpec = SplitSpec()
+    baseline: BaselineSpec = BaselineSpec()
+    train: TrainSpec = TrainSpec()
+    margin: Annotated[float, Field(ge=0, le=0.5)] = 0.02
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+    model: Annotated[str, Field(max_length=64, description="For kind `predict`: a model's id or alias.")] | None = None
+
+    @property
+    def runs_baselines(self) -> bool:
+        return self.kind in ("experiment", "baseline")
+
+    @property
+    def trains(self) -> bool:
+        return self.kind in ("experiment", "train")

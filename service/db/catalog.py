@@ -1,0 +1,161 @@
+"""Datasets, models, aliases and keys: what is kept, found, listed and deleted."""
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, delete, exists, select
+from sqlalchemy.orm import Session
+
+from service.core.errors import Conflict, NotFound
+from service.core.ids import new_id
+from service.db import jobs
+from service.db.engine import Database
+from service.db.models import Alias, AliasMove, ApiKey, Dataset, Garbage, Job, Model, Worker
+
+SCOPES = ("predict", "read", "write", "admin")
+"""Each holds those before it."""
+
+Listed = TypeVar("Listed", Dataset, Job, Model)
+
+
+def newest(
+    session: Session, table: type[Listed], limit: int, after: str | None, where: Sequence[ColumnElement[bool]] = ()
+) -> tuple[list[Listed], bool]:
+    """Up to `limit` rows, newest first, from the one behind `after` on; and whether there are more."""
+    query = select(table).where(*where).order_by(table.id.desc()).limit(limit + 1)
+    if after is not None:
+        query = query.where(table.id < after)
+    rows = list(session.scalars(query))
+    return rows[:limit], len(rows) > limit
+
+
+def get_dataset(session: Session, dataset_id: str) -> Dataset:
+    dataset = session.get(Dataset, dataset_id)
+    if dataset is None:
+        raise NotFound("No dataset has that id. List them with GET /datasets.")
+    return dataset
+
+
+def remove_dataset(session: Session, dataset_id: str, now: datetime, grace: timedelta) -> None:
+    """Deletes a dataset and every artifact that holds its texts; models and figures stay. Raises Conflict, NotFound."""
+    dataset = get_dataset(session, dataset_id)
+    waiting = session.scalars(jobs.open_jobs_on(dataset_id).limit(1)).first()
+    if waiting is not None:
+        raise Conflict(f"{waiting} is still at work on this dataset. Wait for it, or cancel it, then delete.")
+    jobs.drop_texts(session, dataset_id, now, grace)
+    session.add(Garbage(prefix=dataset.storage_key, delete_after=now + grace))
+    session.delete(dataset)
+
+
+def find_model(session: Session, id_or_alias: str) -> Model:
+    """The model of that id, or the one an alias points to now."""
+    model = session.get(Model, id_or_alias)
+    if model is None:
+        query = select(Model).join(Alias, Alias.model_id == Model.id).where(Alias.alias == id_or_alias)
+        model = session.scalars(query).one_or_none()
+    if model is None:
+        raise NotFound("No model has that id or alias. List them with GET /models and GET /aliases.")
+    return model
+
+
+def get_model(session: Session, model_id: str) -> Model:
+    model = session.get(Model, model_id)
+    if model is None:
+        raise NotFound("No model has that id. List them with GET /models.")
+    return model
+
+
+def aliases_of(session: Session, model_ids: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {model_id: [] for model_id in model_ids}
+    for alias in session.scalars(select(Alias).where(Alias.model_id.in_(model_ids)).order_by(Alias.alias)):
+        found[alias.model_id].append(alias.alias)
+    return found
+
+
+def remove_model(session: Session, model_id: str, now: datetime, grace: timedelta) -> None:
+    """Deletes a model. Raises Conflict while an alias points to it."""
+    model = get_model(session, model_id)
+    names = aliases_of(session, [model_id])[model_id]
+    if names:
+        raise Conflict(f"The alias {names[0]!r} points to this model. Point it to another one first.")
+    session.add(Garbage(prefix=model.storage_prefix, delete_after=now + grace))
+    session.delete(model)
+
+
+def point_alias(session: Session, alias: str, model_id: str, now: datetime) -> Alias:
+    """Points an alias to a model, in one step for every reader."""
+    get_model(session, model_id)
+    row = session.get(Alias, alias)
+    if row is None:
+        row = Alias(alias=alias, model_id=model_id, updated_at=now)
+        session.add(row)
+    row.model_id, row.updated_at = model_id, now
+    session.add(AliasMove(alias=alias, model_id=model_id, created_at=now))
+    return row
+
+
+def alias_history(session: Session) -> list[tuple[Alias, list[AliasMove]]]:
+    moves: dict[str, list[AliasMove]] = {}
+    for move in session.scalars(select(AliasMove).order_by(AliasMove.id.desc())):
+        moves.setdefault(move.alias, []).append(move)
+    return [(alias, moves.get(alias.alias, [])) for alias in session.scalars(select(Alias).order_by(Alias.alias))]
+
+
+def create_key(
+    session: Session,
+    name: str,
+    scope: str,
+    now: datetime,
+    expires_at: datetime | None = None,
+    secret: str | None = None,
+) -> tuple[ApiKey, str]:
+    """A new key and its secret, which is shown this once and stored only as a hash."""
+    secret = secret or f"tp_{secrets.token_urlsafe(32)}"
+    key = ApiKey(
+        id=new_id("key"), name=name, scope=scope, secret_sha256=_hash(secret), created_at=now, expires_at=expires_at
+    )
+    session.add(key)
+    return key, secret
+
+
+def find_key(session: Session, secret: str, now: datetime) -> ApiKey | None:
+    """The live key of that secret. Looked up by its hash, so timing tells nothing about other secrets."""
+    key = session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == _hash(secret))).one_or_none()
+    if key is None or key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
+        return None
+    return key
+
+
+def any_key_ever(db: Database) -> bool:
+    with db.read() as session:
+        return bool(session.scalar(select(exists().select_from(ApiKey))))
+
+
+def list_keys(session: Session) -> list[ApiKey]:
+    return list(session.scalars(select(ApiKey).order_by(ApiKey.id)))
+
+
+def revoke_key(session: Session, key_id: str, now: datetime) -> None:
+    key = session.get(ApiKey, key_id)
+    if key is None:
+        raise NotFound("No key has that id. List them with `tuneproof keys list`.")
+    key.revoked_at = key.revoked_at or now
+
+
+def saw_worker(db: Database, worker_id: str, started_at: datetime, now: datetime) -> None:
+    """A worker's sign of life; those silent for a day are forgotten."""
+    with db.write() as session:
+        session.merge(Worker(id=worker_id, started_at=started_at, seen_at=now))
+        session.execute(delete(Worker).where(Worker.seen_at < now - timedelta(days=1)))
+
+
+def workers_seen(session: Session, since: datetime) -> list[dict[str, Any]]:
+    rows = session.scalars(select(Worker).where(Worker.seen_at >= since).order_by(Worker.id))
+    return [{"id": row.id, "started_at": row.started_at, "seen_at": row.seen_at} for row in rows]
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

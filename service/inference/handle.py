@@ -1,0 +1,147 @@
+"""The API's end of the engine process: starts it, hands it texts, starts it again when it is lost."""
+
+import asyncio
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from service.core.errors import (
+    AppError, BaseLoading, BaseNotServed, DeadlinePassed, EngineUnavailable, InvalidData, QueueFull,
+)  # fmt: skip
+from service.core.settings import Settings
+from service.inference import wire
+from service.inference.wire import ServedModel
+
+_ERRORS: dict[str, type[AppError]] = {error.code: error for error in (BaseLoading, BaseNotServed, InvalidData)}
+_SECONDS_BETWEEN_STARTS = 1.0
+log = logging.getLogger("tuneproof.engine")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Answers for N texts, all from one model.
+
+    Args:
+        labels: K labels.
+        probabilities: N rows of K.
+        truncated: N, whether the text was longer than the model reads.
+        tokens: Read in all.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: list[list[float]]
+    truncated: list[bool]
+    tokens: int
+
+
+class EngineHandle:
+    """The engine process, from the API's event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process: asyncio.subprocess.Process | None = None
+        self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = itertools.count()
+        self._waiting_chars = 0
+        self._warm: list[ServedModel] = []
+        self._stopping = False
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def run(self, warm: Sequence[ServedModel] = ()) -> None:
+        """Keeps the process alive until this task is cancelled."""
+        self._warm = list(warm)
+        while True:
+            try:
+                await self._live_once()
+            except OSError as error:
+                log.error("the engine did not start: %s", error)
+            log.warning("the engine process ended; starting it again")
+            await asyncio.sleep(_SECONDS_BETWEEN_STARTS)
+
+    async def stop(self) -> None:
+        """Ends the process."""
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            assert process.stdin is not None  # it was started with a pipe
+            process.stdin.close()
+            try:
+                await asyncio.wait_for(process.wait(), 5)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+    async def predict(self, model: ServedModel, texts: list[str]) -> Scores:
+        """Scores texts with one model.
+
+        Raises:
+            EngineUnavailable, BaseLoading, BaseNotServed, QueueFull, DeadlinePassed: as their names say.
+            InvalidData: the model's files are not the published ones.
+        """
+        process, size = self._process, sum(map(len, texts))
+        if process is None or process.returncode is not None or process.stdin is None:
+            raise EngineUnavailable("The engine is starting. Ask again in a moment.")
+        # One call is always taken, however large, or it never could be.
+        if self._waiting_chars and self._waiting_chars + size > self._settings.predict_queue_chars:
+            raise QueueFull("More texts are waiting than the service takes on. Ask again in a moment.")
+        number = next(self._numbers)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._open[number] = answer
+        self._waiting_chars += size
+        try:
+            process.stdin.write(wire.pack({"type": "predict", "number": number, "model": asdict(model), "texts": texts}))
+            await process.stdin.drain()
+            message = await asyncio.wait_for(answer, self._settings.predict_timeout_seconds)
+        except TimeoutError:
+            raise DeadlinePassed(
+                f"No answer within {self._settings.predict_timeout_seconds:g} s. Send fewer texts a call, or ask later."
+            ) from None
+        except (ConnectionError, RuntimeError):
+            raise EngineUnavailable("The engine was lost and is being started again. Ask again in a moment.") from None
+        finally:
+            self._waiting_chars -= size
+            self._open.pop(number, None)
+        return _scores(message)
+
+    async def _live_once(self) -> None:
+        settings = self._settings
+        given = {
+            "device": settings.serve_device, "dtype": settings.serve_dtype, "threads": settings.serve_threads,
+            "memory_bytes": settings.serve_memory_bytes, "adapter_bytes": settings.adapter_cache_bytes,
+            "models_dir": str(settings.models_dir) if settings.models_dir else None,
+            "storage_url": settings.resolved_storage_url, "log_level": settings.log_level,
+        }  # fmt: skip
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "service.inference.process", json.dumps(given),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self._process = process
+        assert process.stdin is not None and process.stdout is not None  # noqa: PT018
+        for model in self._warm:
+            key = {"base_model": model.base_model, "base_revision": model.base_revision}
+            process.stdin.write(wire.pack({"type": "warm", **key}))
+        while (message := await wire.read_async(process.stdout)) is not None:
+            answer = self._open.get(message["number"])
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+        await process.wait()
+        for answer in self._open.values():
+            if not answer.done():
+                answer.set_exception(ConnectionError("the engine process ended"))
+
+
+def _scores(message: dict[str, Any]) -> Scores:
+    if "error" in message:
+        code, detail = message["error"]["code"], message["error"]["detail"]
+        raise _ERRORS.get(code, EngineUnavailable)(detail)
+    return Scores(tuple(message["labels"]), message["probabilities"], message["truncated"], message["tokens"])

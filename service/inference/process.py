@@ -1,0 +1,170 @@
+"""The engine's process: `python -P -m service.inference.process SETTINGS_JSON`.
+
+It reads requests from standard input and writes answers to standard output. One thread reads; the main thread takes
+whatever waits whenever the engine is free, mixes it into one batch per base, and answers each request by its number.
+It ends when its standard input closes, so it never outlives the API.
+"""
+
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.core.errors import AppError, BaseLoading
+from service.inference import wire
+from service.inference.bases import Adapters, Bases, Limits
+from service.inference.wire import ServedModel
+from service.ml.adapter import Adapter
+from service.ml.encode import encode
+from service.ml.engine import Engine, softmax
+from service.storage import Storage
+
+MAX_TEXTS_AT_ONCE = 1024
+log = logging.getLogger("tuneproof.engine")
+
+
+@dataclass
+class Request:
+    """One call of `/predict`."""
+
+    number: int
+    model: ServedModel
+    texts: list[str]
+
+
+@dataclass
+class Ready:
+    """A request whose texts are token ids and whose adapter is at hand."""
+
+    request: Request
+    adapter: Adapter
+    ids: list[list[int]]
+    truncated: NDArray[np.bool_]
+
+
+class EngineProcess:
+    """Requests in, answers out."""
+
+    def __init__(self, bases: Bases, adapters: Adapters, answers: IO[bytes]) -> None:
+        self._bases, self._adapters, self._answers = bases, adapters, answers
+        self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+
+    def read(self, requests: IO[bytes]) -> None:
+        """Fills the queue until the API is gone."""
+        while (message := wire.read(requests)) is not None:
+            if message["type"] == "warm":
+                self._warm((message["base_model"], message["base_revision"]))
+            else:
+                model = message["model"]
+                served = ServedModel(**model | {"files": tuple(model["files"])})
+                self._waiting.put(Request(message["number"], served, message["texts"]))
+        self._waiting.put(None)
+
+    def run(self) -> None:
+        """Serves until the queue is closed."""
+        while (first := self._waiting.get()) is not None:
+            batch, closed = [first], False
+            while sum(len(request.texts) for request in batch) < MAX_TEXTS_AT_ONCE and not self._waiting.empty():
+                following = self._waiting.get()
+                if following is None:
+                    closed = True
+                    break
+                batch.append(following)
+            self._serve(batch)
+            if closed:
+                return
+
+    def _serve(self, batch: Sequence[Request]) -> None:
+        by_engine: dict[int, tuple[Engine, list[Ready]]] = {}
+        for request in batch:
+            try:
+                engine = self._bases.engine((request.model.base_model, request.model.base_revision))
+                ready = self._prepare(request, engine)
+            except Exception as error:  # noqa: BLE001 -- one request's trouble must not be another's
+                self._fail(request, error)
+            else:
+                by_engine.setdefault(id(engine), (engine, []))[1].append(ready)
+        for engine, group in by_engine.values():
+            try:
+                self._score(engine, group)
+            except Exception:
+                if len(group) == 1:
+                    log.exception("a batch failed")
+                for ready in group:
+                    try:
+                        self._score(engine, [ready])
+                    except Exception as error:  # noqa: BLE001
+                        self._fail(ready.request, error)
+
+    def _prepare(self, request: Request, engine: Engine) -> Ready:
+        adapter = self._adapters.get(request.model, engine)
+        encoded = encode(engine.backbone.tokenizer, request.texts, adapter.max_length)
+        return Ready(request, adapter, encoded.ids, encoded.truncated)
+
+    def _score(self, engine: Engine, group: Sequence[Ready]) -> None:
+        ids = [row for ready in group for row in ready.ids]
+        adapters = [ready.adapter for ready in group for _row in ready.ids]
+        logits = engine.score(ids, adapters)
+        start = 0
+        for ready in group:
+            stop = start + len(ready.ids)
+            probabilities = softmax(np.stack(logits[start:stop]))
+            self._answer(
+                ready.request.number, labels=ready.adapter.labels, probabilities=probabilities.tolist(),
+                truncated=ready.truncated.tolist(), tokens=sum(len(row) for row in ready.ids),
+            )  # fmt: skip
+            start = stop
+
+    def _warm(self, key: tuple[str, str]) -> None:
+        try:
+            self._bases.engine(key)
+        except BaseLoading:
+            pass
+        except AppError as error:
+            log.warning("base not served: %s", error.detail)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if not isinstance(error, AppError):
+            # The traceback may hold no text: only its kind is logged.
+            log.error("a prediction failed: %s", type(error).__name__)
+        code = error.code if isinstance(error, AppError) else "internal"
+        detail = error.detail if isinstance(error, AppError) else "The engine failed on this call."
+        self._answer(request.number, error={"code": code, "detail": detail})
+
+    def _answer(self, number: int, **body: Any) -> None:
+        self._answers.write(wire.pack({"number": number, **body}))
+        self._answers.flush()
+
+
+def main(arguments: list[str]) -> int:
+    """Runs until the API is gone."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    given = json.loads(arguments[0])
+    logging.basicConfig(level=given["log_level"].upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not stand between the answers
+    torch.set_num_threads(given["threads"] or max(1, (os.cpu_count() or 2) // 2))
+    limits = Limits(given["device"], given["dtype"], given["memory_bytes"], given["adapter_bytes"])
+    models_dir = Path(given["models_dir"]) if given["models_dir"] else None
+    storage = Storage(given["storage_url"])
+    process = EngineProcess(Bases(models_dir, limits), Adapters(storage, limits.adapter_bytes), answers)
+    threading.Thread(target=process.read, args=(sys.stdin.buffer,), daemon=True).start()
+    process.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

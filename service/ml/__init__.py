@@ -1,0 +1,1 @@
+"""The model contract: whatever must be identical at training and at serving."""

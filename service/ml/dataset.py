@@ -1,0 +1,318 @@
+"""An uploaded CSV or TSV: its profile, its rows, its DataFrame.
+
+`profile` finds out how a file is to be read and whether it can be used, in a pass that keeps 17 bytes of a row and none
+of its text. What it found out is a `TableFormat`, by which `read_rows` and `read_frame` read the same rows again.
+"""
+
+import itertools
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from service.core.errors import ColumnNotFound, InvalidData, InvalidSplit, NoRows, TooManyLabels
+from service.ml import columns, findings
+from service.ml.columns import shown
+from service.ml.findings import PART_IDS, DatasetWarning, Integers, Scan, fold, warn
+from service.ml.table import (
+    BadRows,
+    Cells,
+    Dialect,
+    cut_head,
+    find_delimiter,
+    head_lines,
+    quotes_are_data,
+    refuse_binary,
+    resolve_delimiter,
+    resolve_encoding,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "DatasetProfile",
+    "DatasetWarning",
+    "LabelCount",
+    "Row",
+    "TableFormat",
+    "TextLength",
+    "UploadOptions",
+    "fold",
+    "profile",
+    "read_frame",
+    "read_rows",
+]
+
+_PARTS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class UploadOptions:
+    """What the caller says about a file; None is inferred. A column is a name first, then a 0-based index."""
+
+    text_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    delimiter: str | None = None
+    has_header: bool | None = None
+    encoding: str | None = None
+    labelled: bool = True
+    rare_labels: Literal["refuse", "drop"] = "refuse"
+    max_labels: int = 1000
+
+
+@dataclass(frozen=True)
+class TableFormat:
+    """All it takes to read the same rows again; JSON of its `asdict` makes an equal one."""
+
+    text_column: str
+    label_column: str | None
+    split_column: str | None
+    delimiter: str
+    has_header: bool
+    encoding: str
+    literal_quotes: bool
+    dropped_labels: tuple[str, ...] = ()
+    labelled: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dropped_labels", tuple(self.dropped_labels))
+
+    @property
+    def needs_label(self) -> bool:
+        return self.labelled and self.label_column is not None
+
+
+@dataclass(frozen=True)
+class TextLength:
+    """Characters of the usable texts; percentiles by nearest rank."""
+
+    p50_chars: int
+    p95_chars: int
+    max_chars: int
+
+
+@dataclass(frozen=True)
+class LabelCount:
+    """A label and its number of usable rows."""
+
+    label: str
+    count: int
+
+
+@dataclass(frozen=True)
+class DatasetProfile:
+    """What a file holds and how it is read; `labels` are sorted by code point."""
+
+    format: TableFormat
+    inferred: tuple[str, ...]
+    n_rows: int
+    n_usable_rows: int
+    labels: tuple[LabelCount, ...]
+    text_length: TextLength
+    warnings: tuple[DatasetWarning, ...]
+
+
+class Row(NamedTuple):
+    """One data row: the text as it is, the label without white space around it, the part by its usual name."""
+
+    row_id: int
+    text: str
+    label: str | None
+    split: str | None
+
+
+def profile(path: Path, options: UploadOptions) -> DatasetProfile:
+    """Find out how to read the file and whether it is a usable table of texts and labels.
+
+    Raises:
+        UnsupportedMedia: not a text file.
+        InvalidData: by its subclasses, every other reason to refuse the file.
+    """
+    table, inferred = _recognise(path, options)
+    scan = _scan(path, table, options.max_labels)
+    usable = np.flatnonzero((scan.lengths > 0) & (scan.label_ids >= 0))
+    if not usable.size:
+        raise NoRows(f"Expected rows with text{' and label' * table.needs_label}, found none of {scan.lengths.size}.")
+    warnings = [
+        warn("literal_quotes", "Quotes are part of the texts: with quoting the file is no table.", scan.quoted),
+        warn("empty_text", "Rows without a text are not used.", np.flatnonzero(scan.lengths == 0)),
+        warn("empty_label", "Rows without a label are not used.", np.flatnonzero(scan.label_ids < 0)),
+    ]
+    if table.needs_label:
+        findings.refuse_unclear_labels(scan)
+        rare = findings.rare_labels(scan, usable, options.rare_labels)
+        is_rare = np.isin(scan.label_ids[usable], rare)
+        table = replace(table, dropped_labels=tuple(sorted(scan.labels[i] for i in rare)))
+        warnings.append(findings.label_variants(scan))
+        warnings.append(warn("rare_label_dropped", "Rows of rare labels are left out.", usable[is_rare]))
+        usable = usable[~is_rare]
+        warnings.append(findings.imbalance(scan, usable))
+        if table.split_column is not None:
+            findings.refuse_missing_parts(scan.part_ids[usable])
+    warnings += findings.repetitions(scan, usable)
+    counts = np.bincount(scan.label_ids[usable], minlength=len(scan.labels)).tolist()
+    lengths = np.percentile(scan.lengths[usable], [50, 95, 100], method="inverted_cdf")
+    return DatasetProfile(
+        format=table,
+        inferred=inferred,
+        n_rows=scan.lengths.size,
+        n_usable_rows=usable.size,
+        labels=tuple(LabelCount(label, n) for label, n in sorted(zip(scan.labels, counts, strict=False)) if n),
+        text_length=TextLength(*(int(length) for length in lengths)),
+        warnings=tuple(warning for warning in warnings if warning.count),
+    )
+
+
+def read_rows(path: Path, table: TableFormat) -> Iterator[Row]:
+    """Every data row in file order, as a stream.
+
+    Raises:
+        InvalidData: the file is not the one that was profiled.
+    """
+    cells = _cells(path, table)
+    yield from _rows(cells, table)
+    cells.refuse()
+
+
+def read_frame(path: Path, table: TableFormat) -> "pd.DataFrame":
+    """The usable rows and those of dropped labels.
+
+    Returns:
+        Columns `row_id` (int64), `text`, `label`, `split` (Python objects; None where there is no such column) and
+        `dropped` (bool).
+    """
+    import pandas as pd  # slow to import, and the API does without
+
+    rows = [row for row in read_rows(path, table) if fold(row.text) and (row.label or not table.needs_label)]
+    frame = pd.DataFrame(rows, columns=list(Row._fields), dtype=object).astype({"row_id": "int64"})
+    frame["dropped"] = frame["label"].isin(table.dropped_labels)
+    return frame
+
+
+def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[str, ...]]:
+    """How to read the file, and what of that is inferred."""
+    refuse_binary(path)
+    encoding = resolve_encoding(path, options.encoding)
+    lines = head_lines(path, encoding)
+    delimiter = find_delimiter(lines) if options.delimiter is None else resolve_delimiter(options.delimiter)
+    dialect = Dialect(encoding, delimiter, literal_quotes=delimiter == "\t" and quotes_are_data(path, encoding))
+    head = cut_head(lines, dialect)
+    head = [cells for cells in head if len(cells) == len(head[0])]
+    has_header = bool(options.has_header)
+    try:
+        if not any(head):
+            raise NoRows("Expected rows, found none.")
+        if options.has_header is None:
+            asked = (options.text_column, options.label_column, options.split_column)
+            has_header = columns.has_header(head, [name for name in asked if name is not None])
+        text, label, split = _assign_columns(head, has_header, options)
+    except InvalidData:
+        # Broken or missing rows explain it better than a missing column does.
+        cells = Cells(path, dialect, has_header=has_header)
+        n_rows = sum(row >= 0 for row, _ in cells)
+        cells.refuse()
+        if not n_rows:
+            raise NoRows("Expected rows below a header, found none.") from None
+        raise
+    inferred = {
+        "text_column": options.text_column is None,
+        "label_column": options.label_column is None and label is not None,
+        "delimiter": options.delimiter is None,
+        "has_header": options.has_header is None,
+    }
+    table = TableFormat(
+        text_column=text,
+        label_column=label,
+        split_column=split,
+        delimiter=delimiter,
+        has_header=has_header,
+        encoding=encoding,
+        literal_quotes=dialect.literal_quotes,
+        labelled=options.labelled,
+    )
+    return table, tuple(name for name, is_inferred in inferred.items() if is_inferred)
+
+
+def _assign_columns(
+    head: Sequence[Sequence[str]], has_header: bool, options: UploadOptions
+) -> tuple[str, str | None, str | None]:
+    """Names of the columns of text, label and split."""
+    names = columns.column_names(head[0], has_header=has_header)
+    rows = head[has_header:]
+    text = columns.find_if_asked(names, options.text_column, "text_column")
+    label = columns.find_if_asked(names, options.label_column, "label_column")
+    split = columns.find_if_asked(names, options.split_column, "split_column")
+    taken = [i for i in (text, label, split) if i is not None]
+    if len(set(taken)) < len(taken):
+        listed = ", ".join(shown(names[i]) for i in taken)
+        raise ColumnNotFound(f"Expected different columns for text, label and split, found {listed}.")
+    if text is None:
+        text = columns.guess_text(names, rows, taken)
+    if label is None and options.labelled:
+        label = columns.guess_label(names, rows, [*taken, text])
+    return names[text], None if label is None else names[label], None if split is None else names[split]
+
+
+def _cells(path: Path, table: TableFormat) -> Cells:
+    dialect = Dialect(table.encoding, table.delimiter, table.literal_quotes)
+    return Cells(path, dialect, has_header=table.has_header)
+
+
+def _rows(cells: Cells, table: TableFormat) -> Iterator[Row]:
+    numbered = iter(cells)
+    first = list(itertools.islice(numbered, 1))
+    if not first:
+        return
+    names = columns.column_names(first[0][1], has_header=table.has_header)
+    text = columns.find_column(names, table.text_column, "text_column")
+    label = columns.find_if_asked(names, table.label_column, "label_column")
+    split = columns.find_if_asked(names, table.split_column, "split_column")
+    for row_id, row in numbered if table.has_header else itertools.chain(first, numbered):
+        part = None if split is None else row[split].strip()
+        yield Row(
+            row_id,
+            row[text],
+            None if label is None else row[label].strip(),
+            None if part is None else _PARTS.get(part.lower(), part),
+        )
+
+
+def _scan(path: Path, table: TableFormat, max_labels: int) -> Scan:
+    cells = _cells(path, table)
+    digests, lengths, label_ids, part_ids = array("q"), array("i"), array("i"), array("b")
+    ids, bad_parts = {"": -1}, BadRows()
+    for row_id, text, label, part in _rows(cells, table):
+        folded = fold(text)
+        digests.append(hash(folded))
+        lengths.append(len(text) if folded else 0)
+        label_ids.append(ids.setdefault(label or "", len(ids) - 1) if table.needs_label else 0)
+        if len(ids) > max_labels + 1:
+            raise TooManyLabels(
+                f"Expected at most {max_labels:,} labels in column {shown(str(table.label_column))}, found more by row "
+                f"{row_id}. Pass another label_column, or merge labels."
+            )
+        if part is not None:
+            part_ids.append(PART_IDS.get(part, -1))
+            if part not in PART_IDS:
+                bad_parts.add(row_id, f"expected train, validation, val, dev or test, found {part[:20]!r}")
+    cells.refuse()
+    bad_parts.refuse(InvalidSplit, f"Column {shown(str(table.split_column))} is no split. Correct it or leave it out.")
+    if not lengths:
+        raise NoRows("Expected rows below a header, found none.")
+    return Scan(
+        digests=_integers(digests),
+        lengths=_integers(lengths),
+        label_ids=_integers(label_ids),
+        part_ids=_integers(part_ids),
+        quoted=_integers(cells.rows_with_quotes),
+        labels=tuple(ids)[1:],
+    )
+
+
+def _integers(values: "array[int]") -> Integers:
+    return np.array(values, dtype=np.int64)

@@ -1,0 +1,55 @@
+"""Which device to compute on, and in which precision."""
+
+import time
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["bf16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` is CUDA, else Apple's, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def training_precision(device: torch.device) -> Precision:
+    """bf16 where the hardware multiplies it, and on every CUDA GPU: a T4 emulates it, but fp16 would need a GradScaler."""
+    if device.type == "cuda":
+        return "bf16"
+    return "bf16" if device.type == "cpu" and bf16_pays_on_cpu() else "fp32"
+
+
+def serving_precision(device: torch.device) -> Precision:
+    """bf16 on a GPU that has it (capability 8.0 on); fp32 elsewhere, so answers equal stock PEFT's."""
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+
+
+@cache
+def bf16_pays_on_cpu(at_least: float = 1.2) -> bool:
+    """Whether this CPU multiplies bf16 measurably faster than fp32, at the shapes of a small transformer."""
+    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None)
+    if not any(ask() for ask in capable if ask is not None):
+        return False
+    return _matmul_seconds(torch.float32) > at_least * _matmul_seconds(torch.bfloat16)
+
+
+def _matmul_seconds(dtype: torch.dtype, repeats: int = 7) -> float:
+    """Median seconds of a (512, 384) x (384, 1536) product."""
+    left, right = torch.ones(512, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+    seconds = sorted(_timed(left, right) for _ in range(repeats))
+    return seconds[repeats // 2]
+
+
+def _timed(left: Tensor, right: Tensor) -> float:
+    start = time.perf_counter()
+    for _ in range(4):
+        torch.mm(left, right)
+    return time.perf_counter() - start

@@ -1,0 +1,78 @@
+"""What a saved model says about itself: enough to serve it, to check it, and to make it again."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from service.core.errors import InvalidData
+
+States = Literal["head", "pooled"]
+"""Which states a head multiplies: those the stock head sees, or the base's own pooling, of length 1."""
+
+FILE = "manifest.json"
+_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "scikit-learn", "numpy")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of an adapter folder.
+
+    Args:
+        method: `lora` or `embedding_logreg`.
+        base_model: Name on the allow-list, with `base_revision` as `Located.revision` gives it.
+        labels: In the order of their ids.
+        states: What the head multiplies.
+        max_length: Of a text, in tokens.
+        pad_token_id: What texts are padded with.
+        ends_with_eos: Whether exactly one EOS ends every text (decoder bases).
+        seed: Of split and training.
+        split: Algorithm, seed and hash of the split it was trained on.
+        precision: Of the frozen weights while training.
+        libraries: Versions in force.
+        files: sha256 of every other file in the folder.
+    """
+
+    method: str
+    base_model: str
+    base_revision: str
+    labels: tuple[str, ...]
+    states: States
+    max_length: int
+    pad_token_id: int
+    ends_with_eos: bool
+    seed: int
+    split: dict[str, Any]
+    precision: str
+    libraries: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
+    files: dict[str, str] = field(default_factory=dict)
+    schema_version: int = 1
+
+    def write(self, folder: Path) -> None:
+        """Hashes what lies in `folder` and writes the manifest beside it."""
+        files = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+        files.pop(FILE, None)
+        body = asdict(self) | {"files": files}
+        (folder / FILE).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of `folder`, every file in it checked against its sha256.
+
+        Raises:
+            InvalidData: a file is missing or is not the one that was published.
+        """
+        body = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        manifest = cls(**body | {"labels": tuple(body["labels"])})
+        for name, expected in manifest.files.items():
+            file = folder / name
+            if not file.is_file() or sha256_of(file) != expected:
+                raise InvalidData(f"{name} of the saved model is missing or not the file that was published.")
+        return manifest
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

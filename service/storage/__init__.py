@@ -1,0 +1,5 @@
+"""Bytes under keys that are ours alone, on any fsspec file system: write once, read, delete."""
+
+from service.storage.store import Storage, Stored
+
+__all__ = ["Storage", "Stored"]

@@ -1,0 +1,121 @@
+"""Artifacts on fsspec. A key is written once and never overwritten; nothing is visible before a row names it."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+_CHUNK = 1 << 20
+_KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file as it lies in the storage."""
+
+    key: str
+    size_bytes: int
+    sha256: str
+
+
+class Storage:
+    """A folder or bucket, by fsspec URL."""
+
+    def __init__(self, url: str) -> None:
+        fs, root = fsspec.url_to_fs(url)
+        self._fs: Any = fs
+        self._root: str = root.rstrip("/")
+        self._local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+
+    def put(self, source: IO[bytes], key: str) -> Stored:
+        """Copies a stream to a new key; when this returns, the bytes are on the disk or in the bucket, verified."""
+        path = self._path(key)
+        if self._local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        digest, size = hashlib.sha256(), 0
+        with self._fs.open(path, "wb") as target:
+            while chunk := source.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+                target.write(chunk)
+            if self._local:
+                target.flush()
+                os.fsync(target.fileno())
+        if self._local:
+            _sync_folders(Path(path).parent, Path(self._root))
+        elif self._fs.info(path)["size"] != size:
+            raise OSError(f"{key} was not stored whole")
+        return Stored(key, size, digest.hexdigest())
+
+    def put_folder(self, folder: Path, prefix: str) -> list[Stored]:
+        """Every file below `folder`, under `prefix` and its own relative name."""
+        stored = []
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            with file.open("rb") as stream:
+                stored.append(self.put(stream, f"{prefix}/{file.relative_to(folder).as_posix()}"))
+        return stored
+
+    def open(self, key: str) -> IO[bytes]:
+        stream: IO[bytes] = self._fs.open(self._path(key), "rb")
+        return stream
+
+    def chunks(self, key: str, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+        """The bytes from `start` on, `size` of them or all."""
+        with self.open(key) as stream:
+            stream.seek(start)
+            left = size
+            while left is None or left > 0:
+                chunk = stream.read(_CHUNK if left is None else min(_CHUNK, left))
+                if not chunk:
+                    return
+                left = None if left is None else left - len(chunk)
+                yield chunk
+
+    def fetch(self, key: str, target: Path) -> None:
+        """Copies one file out."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            for chunk in self.chunks(key):
+                file.write(chunk)
+
+    def fetch_folder(self, prefix: str, target: Path) -> None:
+        """Copies every file under `prefix` out."""
+        root = self._path(prefix)
+        for path in self._fs.find(root):
+            name = path[len(root) :].lstrip("/")
+            self.fetch(f"{prefix}/{name}", target / name)
+
+    def delete(self, prefix: str) -> None:
+        """Deletes a key or everything below it; what is not there is no error."""
+        path = self._path(prefix)
+        if self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
+
+    def probe(self) -> None:
+        """Raises OSError where the storage cannot be reached."""
+        if self._local:
+            Path(self._root).mkdir(parents=True, exist_ok=True)
+        self._fs.ls(self._root)
+
+    def _path(self, key: str) -> str:
+        if not _KEY.fullmatch(key) or ".." in key.split("/"):
+            raise ValueError("not a storage key")
+        return f"{self._root}/{key}"
+
+
+def _sync_folders(folder: Path, root: Path) -> None:
+    """A new name is on the disk only once its folder is, and so on up."""
+    while True:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if folder in (root, folder.parent):
+            return
+        folder = folder.parent

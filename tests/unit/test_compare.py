@@ -1,0 +1,429 @@
+import json
+import time
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from worker.compare import (
+    COST_ORDER,
+    MethodAnswers,
+    best_method,
+    compare,
+    compare_all,
+    headline,
+    holm,
+    minimum_detectable_difference,
+    recommend,
+    rows_to_exclude,
+)
+
+K = 4
+MARGIN = 0.02
+
+
+def paired(n, n_fixed, n_broken, n_both_wrong=0, on="test"):
+    """A comparison of N rows of which exactly so many are right on one side only."""
+    true_ids = np.arange(n) % K
+    wrong = (true_ids + 1) % K
+    position = np.arange(n)
+    candidate_wrong = (position < n_broken) | (position >= n - n_both_wrong)
+    baseline_wrong = ((position >= n_broken) & (position < n_broken + n_fixed)) | (position >= n - n_both_wrong)
+    candidate_ids = np.where(candidate_wrong, wrong, true_ids)
+    return compare("lora", "majority", on, true_ids, candidate_ids, np.where(baseline_wrong, wrong, true_ids), K, 0)
+
+
+def noisy(accuracy, true_ids, seed, n_labels=K):
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(len(true_ids)) < accuracy, true_ids, rng.integers(-1, n_labels, len(true_ids)))
+
+
+def answers_of(n_wrong, n=1000, n_subset=300, on_subset_only=()):
+    """Answers of methods that are wrong on the first so many of N rows: who errs more errs on all of the other's."""
+    true_ids = np.arange(n) % K
+    # The subset is spread over the rows, so that shares hold there too.
+    subset = np.linspace(0, n - 1, n_subset).astype(int)
+    found = {}
+    for method, wrong in n_wrong.items():
+        ids = np.where(np.arange(n) < wrong, (true_ids + 1) % K, true_ids)
+        whole = None if method in on_subset_only else ids
+        found[method] = MethodAnswers(true_ids, true_ids[subset], whole, ids[subset])
+    return found
+
+
+def random_answers(accuracies, n, seed=0, on_subset_only=()):
+    """Answers that err independently of each other; the subset is the first 300 rows."""
+    true_ids = np.random.default_rng(seed).integers(0, K, n)
+    found = {}
+    for i, (method, accuracy) in enumerate(accuracies.items()):
+        ids = np.zeros(n, dtype=np.int64) if method == "majority" else noisy(accuracy, true_ids, seed + i + 1)
+        found[method] = MethodAnswers(true_ids, true_ids[:300], None if method in on_subset_only else ids, ids[:300])
+    return found
+
+
+def told(answers, margin=MARGIN):
+    recommendation = recommend(answers, margin, K, seed=1)
+    return recommendation, headline(recommendation, answers, compare_all(answers, K, seed=1))
+
+
+# Paired comparison
+
+
+@pytest.mark.parametrize(("n_fixed", "n_broken"), [(0, 0), (1, 0), (6, 0), (5, 5), (40, 21), (3, 90)])
+def test_mcnemars_p_agrees_with_statsmodels(n_fixed, n_broken):
+    comparison = paired(400, n_fixed, n_broken)
+    expected = mcnemar([[0, n_fixed], [n_broken, 0]], exact=True).pvalue
+    assert comparison.mcnemar_p == pytest.approx(expected, abs=1e-9)
+    assert (comparison.n_fixed, comparison.n_broken) == (n_fixed, n_broken)
+
+
+def test_intervals_agree_with_scipys_paired_bootstrap():
+    true_ids = np.random.default_rng(3).integers(0, K, 250)
+    candidate_ids, baseline_ids = noisy(0.8, true_ids, 4), noisy(0.7, true_ids, 5)
+    found = compare("lora", "tfidf_logreg", "test", true_ids, candidate_ids, baseline_ids, K, seed=7)
+
+    def accuracy_delta(true, candidate, baseline, axis=-1):
+        return (candidate == true).mean(axis) - (baseline == true).mean(axis)
+
+    def macro_f1(true, predicted):
+        terms = [
+            (2 * ((true == k) & (predicted == k)).sum(), (true == k).sum() + (predicted == k).sum()) for k in range(K)
+        ]
+        return np.mean([hits / max(total, 1) for hits, total in terms])
+
+    def macro_f1_delta(true, candidate, baseline):
+        return macro_f1(true, candidate) - macro_f1(true, baseline)
+
+    data = (true_ids, candidate_ids, baseline_ids)
+    options = {"paired": True, "method": "percentile", "rng": np.random.default_rng(0)}
+    accuracy = scipy.stats.bootstrap(data, accuracy_delta, n_resamples=9999, vectorized=True, **options)
+    macro = scipy.stats.bootstrap(data, macro_f1_delta, n_resamples=2000, vectorized=False, **options)
+    assert found.accuracy_delta_ci95 == pytest.approx(tuple(accuracy.confidence_interval), abs=0.01)
+    assert found.macro_f1_delta_ci95 == pytest.approx(tuple(macro.confidence_interval), abs=0.01)
+
+
+def test_deltas_are_candidate_minus_baseline_and_agree_with_scikit_learn():
+    true_ids = np.random.default_rng(3).integers(0, K - 1, 120)  # one label without a row
+    candidate_ids, baseline_ids = noisy(0.6, true_ids, 4), noisy(0.8, true_ids, 5)
+    found = compare("lora", "tfidf_logreg", "test", true_ids, candidate_ids, baseline_ids, K, 0, resamples=10)
+    options = {"labels": range(K), "average": "macro", "zero_division": 0}
+    expected = f1_score(true_ids, candidate_ids, **options) - f1_score(true_ids, baseline_ids, **options)
+    assert found.macro_f1_delta == pytest.approx(expected)
+    assert found.accuracy_delta == pytest.approx(np.mean(candidate_ids == true_ids) - np.mean(baseline_ids == true_ids))
+    assert found.accuracy_delta < 0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60))
+def test_swapping_the_sides_mirrors_everything(seed, n):
+    true_ids = np.random.default_rng(seed).integers(0, K, n)
+    ours, theirs = noisy(0.7, true_ids, seed + 1), noisy(0.5, true_ids, seed + 2)
+    there = compare("lora", "majority", "test", true_ids, ours, theirs, K, seed, resamples=200)
+    back = compare("majority", "lora", "test", true_ids, theirs, ours, K, seed, resamples=200)
+    assert there.accuracy_delta == -back.accuracy_delta
+    for interval, mirrored in (
+        (there.accuracy_delta_ci95, back.accuracy_delta_ci95),
+        (there.macro_f1_delta_ci95, back.macro_f1_delta_ci95),
+    ):
+        assert interval == pytest.approx((-mirrored[1], -mirrored[0]))
+    assert there.mcnemar_p == back.mcnemar_p
+    assert (there.n_fixed, there.n_broken) == (back.n_broken, back.n_fixed)
+
+
+def test_the_same_seed_gives_the_same_intervals_whatever_the_step(monkeypatch):
+    before = paired(200, 20, 10)
+    assert paired(200, 20, 10) == before
+    monkeypatch.setattr("worker.compare.COUNTS_AT_A_TIME", 5000)
+    assert paired(200, 20, 10) == before
+
+
+def test_no_answer_on_either_side_is_wrong_and_belongs_to_no_label():
+    true_ids = np.array([0, 1, 2, 3])
+    silent = np.full(4, -1)
+    comparison = compare("lora", "zero_shot_prompt", "test", true_ids, true_ids, silent, K, 0, resamples=50)
+    assert (comparison.accuracy_delta, comparison.macro_f1_delta) == (1.0, 1.0)
+
+
+def test_seventy_seven_labels_and_thirteen_hundred_rows_take_seconds_at_most():
+    true_ids = np.random.default_rng(0).integers(0, 77, 1300)
+    started = time.process_time()
+    compare("lora", "majority", "test", true_ids, noisy(0.9, true_ids, 1, 77), noisy(0.8, true_ids, 2, 77), 77, 0)
+    assert time.process_time() - started < 6  # CPU seconds of all threads; about 1 on an idle machine
+
+
+def test_rows_and_answers_must_be_as_many_and_at_least_one():
+    one, two = np.zeros(1, dtype=np.int64), np.zeros(2, dtype=np.int64)
+    for triple in ((one, two, one), (one, one, two), (one[:0], one[:0], one[:0])):
+        with pytest.raises(ValueError, match="as many answers as rows"):
+            compare("lora", "majority", "test", *triple, K, 0)
+
+
+def test_a_comparison_is_the_contracts_block():
+    block = json.loads(json.dumps(asdict(paired(50, 9, 0)), allow_nan=False))
+    intervals = {"accuracy_delta_ci95", "macro_f1_delta_ci95"}
+    whole = {"n", "n_fixed", "n_broken"}
+    shares = {"accuracy_delta", "macro_f1_delta", "mcnemar_p", "mcnemar_p_holm", "minimum_detectable_difference"}
+    assert set(block) == {"candidate", "baseline", "on", "verdict"} | intervals | whole | shares
+    assert all(len(block[name]) == 2 for name in intervals)
+    assert all(isinstance(block[name], int) for name in whole)
+    assert all(isinstance(block[name], float) for name in shares)
+    assert block["verdict"] == "candidate_wins"
+
+
+# Correction and power
+
+NO_DIFFERENCE = paired(100, 0, 0)
+
+
+@settings(max_examples=25)  # statsmodels collects garbage at every call
+@given(st.lists(st.integers(0, 999) | st.integers(0, 60), min_size=1, max_size=8), st.booleans())
+def test_corrected_p_and_verdicts_agree_with_statsmodels(thousandths, candidate_is_ahead):
+    p_values = [thousandth / 1000 for thousandth in thousandths]
+    split = {"n_fixed": 1, "n_broken": 0} if candidate_is_ahead else {"n_fixed": 0, "n_broken": 1}
+    corrected = holm([replace(NO_DIFFERENCE, mcnemar_p=p, **split) for p in p_values])
+    expected = multipletests(p_values, method="holm")[1]
+    assert [c.mcnemar_p_holm for c in corrected] == pytest.approx(list(expected), abs=1e-9)
+    verdict = "candidate_wins" if candidate_is_ahead else "baseline_wins"
+    assert all(c.verdict == (verdict if c.mcnemar_p_holm < 0.05 else "inconclusive") for c in corrected)
+
+
+def test_a_win_alone_may_be_inconclusive_among_many():
+    comparison = paired(100, 7, 0)
+    assert comparison.verdict == "candidate_wins"
+    assert {c.verdict for c in holm([comparison] * 5)} == {"inconclusive"}
+
+
+@pytest.mark.parametrize(("n", "discordance"), [(300, 0.1), (300, 0.4), (3080, 0.05)])
+def test_the_detectable_difference_gives_back_connors_number_of_rows(n, discordance):
+    difference = minimum_detectable_difference(n, discordance)
+    z_alpha, z_beta = scipy.stats.norm.ppf([0.975, 0.8])
+    rows = ((z_alpha * discordance**0.5 + z_beta * (discordance - difference**2) ** 0.5) / difference) ** 2
+    assert rows == pytest.approx(n)
+
+
+@pytest.mark.parametrize(("n", "discordance"), [(300, 0.15), (1000, 0.1), (300, 0.0)])
+def test_the_exact_test_finds_the_detectable_difference_about_four_times_in_five(n, discordance):
+    difference = minimum_detectable_difference(n, discordance)
+    discordance = max(discordance, difference)
+    shares = [(discordance + difference) / 2, (discordance - difference) / 2, 1 - discordance]
+    draws = np.random.default_rng(0).multinomial(n, shares, 2000)
+    found = np.mean([scipy.stats.binomtest(b, b + c).pvalue < 0.05 if b + c else False for b, c, _ in draws])
+    assert 0.7 < found < 0.87  # the exact test is a little stricter than the formula
+
+
+@given(st.integers(1, 5000), st.floats(0, 1))
+def test_the_detectable_difference_is_a_share_and_falls_with_more_rows(n, discordance):
+    difference = minimum_detectable_difference(n, discordance)
+    assert 0 < difference <= 1
+    assert minimum_detectable_difference(n + 1, discordance) <= difference
+
+
+# Which comparisons are made
+
+
+def test_the_dearest_meets_every_method_and_every_method_meets_majority():
+    answers = random_answers(
+        {"lora": 0.9, "majority": 0, "zero_shot_prompt": 0.5, "tfidf_logreg": 0.7},
+        500,
+        on_subset_only=("zero_shot_prompt",),
+    )
+    pairs = {(c.candidate, c.baseline): c.on for c in compare_all(answers, K, 0)}
+    assert pairs == {
+        ("lora", "majority"): "test",
+        ("lora", "tfidf_logreg"): "test",
+        ("lora", "zero_shot_prompt"): "baseline_subset",
+        ("tfidf_logreg", "majority"): "test",
+        ("zero_shot_prompt", "majority"): "baseline_subset",
+    }
+    assert compare_all({"lora": answers["lora"]}, K, 0) == []
+
+
+# The recommendation
+
+
+def test_the_best_method_is_the_most_accurate_and_of_equals_the_cheapest():
+    assert best_method(answers_of({"majority": 700, "tfidf_logreg": 100, "lora": 90})) == "lora"
+    assert best_method(answers_of({"majority": 700, "tfidf_logreg": 90, "lora": 90})) == "tfidf_logreg"
+
+
+def test_a_prompt_run_on_the_subset_is_the_best_only_if_it_is_better_there():
+    worse = answers_of({"tfidf_logreg": 300, "zero_shot_prompt": 120, "lora": 90}, on_subset_only=("zero_shot_prompt",))
+    better = answers_of({"tfidf_logreg": 300, "zero_shot_prompt": 60, "lora": 90}, on_subset_only=("zero_shot_prompt",))
+    assert best_method(worse) == "lora"
+    assert best_method(better) == "zero_shot_prompt"
+
+
+def test_the_cheapest_method_shown_to_be_within_the_margin_is_recommended():
+    answers = answers_of({"majority": 700, "tfidf_logreg": 88, "embedding_logreg": 84, "lora": 80})
+    recommendation, sentence = told(answers)
+    assert recommendation.method == "tfidf_logreg"
+    assert recommendation.margin == MARGIN
+    assert (
+        "(tfidf_logreg) is the cheapest method shown to lose no more than 2 percentage points" in recommendation.reason
+    )
+    assert "91.2 % against 92.0 % of 1,000 test rows" in recommendation.reason
+    assert sentence.startswith(
+        "Fine-tuning is not shown to pay off: TF-IDF with logistic regression is right on 91.2 %"
+    )
+
+
+def test_a_difference_that_is_not_significant_is_not_read_as_equal():
+    answers = random_answers({"majority": 0, "tfidf_logreg": 0.86, "lora": 0.88}, 200, seed=4)
+    comparison = next(c for c in compare_all(answers, K, 0) if c.baseline == "tfidf_logreg")
+    assert comparison.verdict == "inconclusive"
+    assert comparison.accuracy_delta > 0
+    recommendation, sentence = told(answers)
+    assert recommendation.method == "lora"
+    assert "too few rows to tell for TF-IDF with logistic regression (tfidf_logreg)" in recommendation.reason
+    assert sentence.startswith("Fine-tuning comes out first, but not clearly")
+
+
+def test_the_number_of_rows_said_to_be_needed_is_enough_for_the_same_figures():
+    answers = answers_of({"tfidf_logreg": 13, "lora": 10}, n=200, n_subset=50)
+    recommendation, _ = told(answers)
+    assert recommendation.method == "lora"
+    needed = int(recommendation.reason.split("telling would take about ")[1].split(" test rows")[0].replace(",", ""))
+    times = -(-needed // 200)
+    assert 1 < times < 20
+    grown = answers_of({"tfidf_logreg": 13 * times, "lora": 10 * times}, n=200 * times)
+    assert recommend(grown, MARGIN, K, 1).method == "tfidf_logreg"
+
+
+def test_no_number_of_rows_is_promised_where_the_loss_already_reaches_the_margin():
+    answers = random_answers({"tfidf_logreg": 0.82, "lora": 0.86}, 150, seed=3)
+    recommendation, _ = told(answers)
+    assert recommendation.method == "lora"
+    assert "more rows are not expected to make it good enough" in recommendation.reason
+    assert "would take" not in recommendation.reason
+
+
+def test_a_clear_gap_is_called_worth_it_and_speaks_of_no_missing_rows():
+    recommendation, sentence = told(answers_of({"majority": 700, "tfidf_logreg": 300, "lora": 50}))
+    assert recommendation.method == "lora"
+    assert "no cheaper method is shown to come within" in recommendation.reason
+    assert "too few" not in recommendation.reason
+    assert sentence == (
+        "Fine-tuning is worth it: LoRA fine-tuning is right on 95.0 % of 1,000 test rows, "
+        "shown to be better than every cheaper method run."
+    )
+
+
+def test_a_gain_that_may_be_under_the_margin_is_not_called_worth_it():
+    _, sentence = told(answers_of({"majority": 700, "tfidf_logreg": 65, "lora": 50}))
+    assert sentence.startswith("Fine-tuning comes out first: ")
+
+
+def test_a_margin_of_nothing_is_never_shown():
+    recommendation, _ = told(random_answers({"tfidf_logreg": 0.85, "lora": 0.86}, 400, seed=1), margin=0.0)
+    assert recommendation.method == "lora"
+    assert "with a margin of 0 no number of rows can tell" in recommendation.reason
+
+
+def test_ten_rows_answered_alike_show_nothing():
+    answers = answers_of(
+        {"tfidf_logreg": 4, "zero_shot_prompt": 0, "lora": 6}, n=40, on_subset_only=("zero_shot_prompt",)
+    )
+    same = answers["zero_shot_prompt"].subset_true_ids[:10]
+    few = {
+        method: MethodAnswers(of.test_true_ids, same, of.test_ids, same if method != "lora" else (same + 1) % K)
+        for method, of in answers.items()
+    }
+    few["embedding_logreg"] = replace(
+        few["tfidf_logreg"], test_ids=few["tfidf_logreg"].test_true_ids, subset_ids=same - 1
+    )
+    assert best_method(few) == "zero_shot_prompt"
+    recommendation, _ = told(few)
+    assert recommendation.method == "zero_shot_prompt"
+    assert "telling would take about 190 test rows" in recommendation.reason
+    assert rows_to_exclude(MARGIN) == pytest.approx(182.6, abs=0.1)
+
+
+def test_a_cheaper_method_still_open_is_named_beside_the_one_recommended():
+    rng = np.random.default_rng(5)
+    answers = answers_of({"embedding_logreg": 50, "lora": 48})
+    true_ids = answers["lora"].test_true_ids
+    ids = np.where(rng.random(1000) < 0.06, (true_ids + 1) % K, true_ids)
+    answers["tfidf_logreg"] = replace(answers["lora"], test_ids=ids, subset_ids=ids[:300])
+    recommendation, _ = told(answers)
+    assert recommendation.method == "embedding_logreg"
+    assert "too few rows to tell for TF-IDF with logistic regression (tfidf_logreg)" in recommendation.reason
+
+
+def test_at_chance_nothing_is_praised_and_lora_does_not_win():
+    for seed in range(3):
+        accuracies = {"majority": 0, "tfidf_logreg": 0, "zero_shot_prompt": 0, "lora": 0.02}
+        recommendation, sentence = told(random_answers(accuracies, 400, seed, on_subset_only=("zero_shot_prompt",)))
+        assert sentence.startswith(("Nothing is proven yet", "No method pays off here"))
+        if recommendation.method != "majority":
+            assert "not shown to beat always answering the most common label" in recommendation.reason
+
+
+def test_lora_that_beats_a_silent_prompt_but_not_majority_is_not_called_better():
+    answers = random_answers({"majority": 0, "lora": 0.05}, 400)
+    silent = np.full(300, -1)
+    answers["zero_shot_prompt"] = replace(answers["lora"], test_ids=None, subset_ids=silent)
+    assert {c.verdict for c in compare_all(answers, K, 0) if c.baseline == "zero_shot_prompt"} == {"candidate_wins"}
+    _, sentence = told(answers)
+    assert sentence.startswith("Nothing is proven yet")
+
+
+def test_without_majority_a_constant_answer_stands_in():
+    recommendation, sentence = told(random_answers({"zero_shot_prompt": 0.0, "lora": 0.0}, 400))
+    assert "not shown to beat" in recommendation.reason
+    assert sentence.startswith("Nothing is proven yet")
+
+
+def test_majority_is_recommended_where_the_rest_gains_too_little_with_a_word_on_rare_labels():
+    true_ids = (np.arange(2000) % 100 == 0).astype(np.int64)
+    same = MethodAnswers(true_ids, true_ids[:300], np.zeros_like(true_ids), np.zeros_like(true_ids[:300]))
+    answers = {"majority": same, "lora": replace(same, test_ids=true_ids, subset_ids=true_ids[:300])}
+    recommendation, sentence = told(answers)
+    assert recommendation.method == "majority"
+    assert "look at macro-F1 first" in recommendation.reason
+    assert sentence.startswith("No method pays off here: always answering the most common label is right on 99.0 %")
+
+
+def test_a_method_run_alone_is_compared_with_nothing():
+    recommendation, sentence = told(answers_of({"lora": 100}))
+    assert (
+        recommendation.reason == "LoRA fine-tuning (lora) is the only method run, right on 90.0 % of 1,000 test rows."
+    )
+    assert sentence.endswith("no other method was run to compare it with.")
+
+
+def test_prompting_that_is_better_is_recommended_over_fine_tuning():
+    answers = answers_of({"majority": 750, "zero_shot_prompt": 60, "lora": 200}, on_subset_only=("zero_shot_prompt",))
+    recommendation, sentence = told(answers)
+    assert recommendation.method == "zero_shot_prompt"
+    assert sentence.startswith(
+        "Fine-tuning is not shown to pay off: zero-shot prompting is right on 94.0 % of 300 test rows"
+    )
+
+
+@pytest.mark.parametrize("wrong", [60, 100, 600])
+def test_a_similarity_is_never_called_prompting(wrong):
+    answers = answers_of({"majority": 700, "tfidf_logreg": 300, "zero_shot_similarity": wrong, "lora": 99})
+    recommendation, sentence = told(answers)
+    assert "prompt" not in (recommendation.reason + sentence).lower()
+
+
+def test_every_outcome_is_told_in_whole_sentences(monkeypatch):
+    monkeypatch.setattr("worker.compare.compare", partial(compare, resamples=50))
+    rng = np.random.default_rng(0)
+    for seed in range(150):
+        methods = rng.choice(COST_ORDER, rng.integers(1, len(COST_ORDER) + 1), replace=False)
+        accuracies = dict(zip(methods.tolist(), rng.choice([0.0, 0.5, 0.9, 0.92, 1.0], len(methods)), strict=True))
+        prompts = ("zero_shot_prompt", "few_shot_prompt")
+        answers = random_answers(accuracies, rng.choice([1, 12, 400]), seed, on_subset_only=prompts)
+        recommendation, sentence = told(answers, rng.choice([0.0, 0.02, 0.1, 0.5]))
+        assert recommendation.method in answers
+        for text in (recommendation.reason, sentence):
+            assert text.endswith(".")
+            assert text[0].isupper()
+            assert not any(nonsense in text for nonsense in ("nan", "inf ", "None", "{", "-0.0", "e+"))

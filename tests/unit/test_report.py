@@ -1,0 +1,206 @@
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from worker.compare import MethodAnswers, compare_all, headline, recommend
+from worker.metrics import score
+from worker.predictions import Predictions
+from worker.report import MATRIX_LIMIT, most_confused, render
+
+HOSTILE = '<script>alert("1")</script>" onmouseover="alert(2)'
+VOID = {"meta", "link", "rect", "br"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with attributes, and the text; complains about tags that do not close."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def job(accuracies, labels=("refund", "other", "fee"), n=120):
+    """What a job with these methods would hand to the report; prompts are run on the first half only."""
+    K, rng = len(labels), np.random.default_rng(0)
+    true_ids, half = np.arange(n) % K, np.arange(n // 2)
+    answers, methods = {}, {}
+    for method, accuracy in accuracies.items():
+        prompted = method.endswith("_prompt")
+        ids = np.where(rng.random(n) < accuracy, true_ids, (true_ids + 1) % K)
+        if method == "majority":
+            ids = np.zeros(n, dtype=np.int64)
+        outcomes = ("valid",) * n if prompted else None
+        predictions = Predictions(ids, None, outcomes, outcomes, 0.002)
+        methods[method] = {"baseline_subset": score(predictions.take(half), true_ids[half], labels)}
+        if not prompted:
+            methods[method] |= {"test": score(predictions, true_ids, labels)}
+        answers[method] = MethodAnswers(true_ids, true_ids[half], None if prompted else ids, ids[half])
+    comparisons = compare_all(answers, K, 0)
+    recommendation = recommend(answers, 0.02, K, 0)
+    metrics = {
+        "schema_version": 1,
+        "job_id": "job_1",
+        "dataset": {"id": "ds_1", "sha256": "ab" * 32, "n_rows": 10 * n},
+        "labels": list(labels),
+        "split": {"seed": 7, "algorithm": "grouped-1", "n_train": 960, "n_validation": n, "n_test": n, "n_dropped": 0},
+        "baseline_subset": {"n": n // 2, "drawn_from": "test", "seed": 7},
+        "methods": methods,
+        "comparison": [asdict(c) for c in comparisons],
+        "training": {
+            "epochs_run": 3,
+            "best_epoch": 2,
+            "best_validation_macro_f1": 0.9,
+            "trainable_parameters": 7,
+            "total_parameters": 1000,
+            "train_seconds": 61.7,
+            "tokens_per_second": 3120.4,
+            "peak_memory_bytes": 2**30,
+            "precision": "bf16",
+            "gradient_checkpointing": False,
+            "truncated_texts": 4,
+        },
+        "environment": {"python": "3.11.7", "libraries": {"torch": "2.13.0", "peft": "0.21.0"}},
+    }
+    summary = {
+        "headline": headline(recommendation, answers, comparisons),
+        "recommendation": asdict(recommendation),
+        "methods": {},
+    }
+    notes = {
+        "job_name": "tickets",
+        "dataset_name": "tickets.csv",
+        "warnings": [{"code": "duplicate_text", "message": "12 rows repeat a text.", "count": 12, "rows": [3, 17]}],
+        "messages": ["The prompt model is Qwen/Qwen3-0.6B."],
+        "spec": {"kind": "experiment", "seed": 7},
+    }
+    return metrics, summary, notes
+
+
+USUAL = {"majority": 0, "tfidf_logreg": 0.7, "zero_shot_prompt": 0.5, "lora": 0.97}
+
+
+def test_the_verdict_comes_before_every_table_and_all_parts_follow():
+    metrics, summary, notes = job(USUAL)
+    html = render(metrics, summary, notes)
+    parts = [
+        summary["headline"],
+        summary["recommendation"]["reason"],
+        "The ladder of methods",
+        "Pair by pair",
+        "What LoRA fine-tuning mixes up",
+        "Confusion matrix",
+        "Label by label",
+        "The training",
+        "12 rows repeat a text.",
+        "How to reproduce",
+        "ab" * 32,
+        "grouped-1, seed 7",
+        "torch 2.13.0, peft 0.21.0",
+    ]
+    places = [Page(html).text.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_labels_names_and_messages_cannot_become_markup():
+    metrics, summary, notes = job(USUAL, labels=(HOSTILE, "other", "fee"))
+    notes |= {"job_name": HOSTILE, "dataset_name": HOSTILE, "messages": [HOSTILE], "spec": {"name": HOSTILE}}
+    notes["warnings"][0]["message"] = HOSTILE
+    page = Page(render(metrics, summary, notes))
+    assert page.all("script") == []
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert page.text.count(HOSTILE) > 6
+
+
+def test_the_page_asks_the_network_for_nothing():
+    html = render(*job(USUAL))
+    page = Page(html)
+    addresses = [attributes.get(name) for _, attributes in page.tags for name in ("src", "href", "data", "action")]
+    # An empty icon keeps browsers from asking for /favicon.ico.
+    assert [address for address in addresses if address] == ["data:,"]
+    assert not any(word in html for word in ("url(", "@import", "http:", "https:"))
+
+
+def test_every_table_has_a_caption_and_every_header_a_scope():
+    html = render(*job(USUAL))
+    page = Page(html)
+    assert len(page.all("table")) == len(page.all("caption")) == 6
+    assert {attributes.get("scope") for attributes in page.all("th")} == {"col", "row"}
+    assert html.count("<h1") == 1
+
+
+def test_the_matrix_shows_every_count_and_frames_the_right_answers():
+    metrics, summary, notes = job(USUAL)
+    page = Page(render(metrics, summary, notes))
+    assert len([cell for cell in page.all("td") if cell.get("class", "").startswith("hit")]) == 3
+    assert page.text.count("(no answer)") == 1
+
+
+def test_a_matrix_too_large_to_read_is_left_out():
+    labels = [f"label {i}" for i in range(MATRIX_LIMIT + 1)]
+    html = render(*job({"tfidf_logreg": 0.9}, labels, n=402))
+    assert "Too many labels (201) to show here" in html
+    assert len(html) < 200_000
+
+
+def test_the_most_confused_pairs_stand_in_order_and_hold_the_rows_without_an_answer():
+    matrix = [[5, 3, 0, 2], [0, 9, 1, 0], [0, 0, 0, 0]]
+    assert most_confused(matrix, ["a", "b", "c"]) == [
+        ("a", "b", 3, 0.3),
+        ("a", "(no answer)", 2, 0.2),
+        ("b", "c", 1, 0.1),
+    ]
+    assert most_confused([[3, 0, 0], [0, 2, 0]], ["a", "b"]) == []
+
+
+def test_a_perfect_method_is_said_to_mix_up_nothing():
+    assert "every one of the 120 test rows is right" in Page(render(*job({"tfidf_logreg": 1.0}))).text
+
+
+def test_a_win_over_a_prompt_is_marked_where_the_winner_does_not_beat_the_most_common_label():
+    text = Page(render(*job({"majority": 0, "zero_shot_prompt": 0.0, "lora": 0.36}))).text
+    assert "better, but lora is not shown to beat the most common label" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("accuracies", [{"zero_shot_similarity": 0.9, "lora": 0.5}, {"zero_shot_similarity": 0.9}])
+def test_a_similarity_is_never_called_prompting(accuracies):
+    metrics, summary, notes = job(accuracies)
+    assert "prompt" not in render(metrics, summary, notes | {"messages": []}).lower()
+
+
+def test_a_job_without_training_and_without_comparisons_has_a_report_too():
+    metrics, summary, notes = job({"zero_shot_prompt": 0.8})
+    del metrics["training"]
+    text = Page(render(metrics, summary, notes | {"warnings": [], "messages": []})).text
+    assert "60 baseline subset rows" in " ".join(text.split())
+    for absent in ("The training", "Pair by pair", "Notes on the data"):
+        assert absent not in text
+
+
+def test_figures_that_are_null_are_shown_as_a_dash():
+    metrics, summary, notes = job(USUAL)
+    metrics["methods"]["tfidf_logreg"]["test"] |= {"accuracy": None, "macro_f1": None}
+    metrics["dataset"] |= {"n_rows": None, "sha256": "unknown"}
+    assert "None" not in Page(render(metrics, summary, notes)).text

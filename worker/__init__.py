@@ -1,0 +1,1 @@
+"""How a model comes to be: split, methods, metrics, comparison, report; one job in one child process."""

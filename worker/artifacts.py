@@ -1,0 +1,109 @@
+"""The files an experiment leaves: split.csv, predictions.csv, metrics.json."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.ml.labels import LabelSet
+from worker.metrics import confidences, label_probabilities
+from worker.predictions import NO_ANSWER, Predictions
+from worker.split import PARTS, Split
+
+
+@dataclass(frozen=True)
+class Table:
+    """The usable rows of a dataset, N of them, in file order.
+
+    Args:
+        row_ids: `(N,)` 0-based data rows of the upload.
+        texts: N texts.
+        label_ids: `(N,)`.
+        labels: All of the dataset's.
+        dropped_row_ids: Rows of labels dropped as rare.
+    """
+
+    row_ids: NDArray[np.int64]
+    texts: tuple[str, ...]
+    label_ids: NDArray[np.int64]
+    labels: LabelSet
+    dropped_row_ids: NDArray[np.int64]
+
+
+def write_split(path: Path, table: Table, split: Split) -> None:
+    """`row_id,split` for every usable row and every dropped one, by row id."""
+    named = [(int(table.row_ids[i]), part) for part in PARTS for i in split.part(part)]
+    named += [(int(row), "dropped") for row in table.dropped_row_ids]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("row_id", "split"))
+        writer.writerows(sorted(named))
+
+
+def write_predictions(
+    path: Path, table: Table, split: Split, subset: NDArray[np.int64], answers: Mapping[str, Mapping[str, Predictions]]
+) -> None:
+    """The validation and test rows with every method's answer.
+
+    Args:
+        path: Where to.
+        table: The rows.
+        split: Their parts.
+        subset: Positions of the baseline subset within the test part.
+        answers: By method, by part (`validation`, `test`, or `baseline_subset` alone where it was run on no more).
+    """
+    in_subset = set(split.test[subset].tolist())
+    columns: dict[str, list[dict[int, str]]] = {}
+    header = ["row_id", "split", "in_baseline_subset", "text", "label"]
+    for method, parts in answers.items():
+        columns[method] = _method_columns(parts, table, split, subset)
+        suffixes = ["", "_confidence", "_label_probability", "_raw"]
+        header += [method + suffix for suffix, column in zip(suffixes, columns[method], strict=True) if column]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for part in ("validation", "test"):
+            for i in split.part(part):
+                label = table.labels.names[table.label_ids[i]]
+                known = [int(table.row_ids[i]), part, int(i in in_subset), table.texts[i], label]
+                given = [column.get(int(i), "") for method in answers for column in columns[method] if column]
+                writer.writerow(known + given)
+
+
+def write_json(path: Path, body: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _method_columns(
+    parts: Mapping[str, Predictions], table: Table, split: Split, subset: NDArray[np.int64]
+) -> list[dict[int, str]]:
+    """Label, confidence, probability of the true label, raw answer: each by row position; empty where there is none."""
+    label: dict[int, str] = {}
+    confidence: dict[int, str] = {}
+    probability: dict[int, str] = {}
+    raw: dict[int, str] = {}
+    for part, predictions in parts.items():
+        if part == "baseline_subset" and "test" in parts:
+            continue  # the same answers, already among the test rows
+        rows = (
+            split.test[subset] if part == "baseline_subset" else {"validation": split.validation}.get(part, split.test)
+        )
+        for i, label_id in zip(rows, predictions.label_ids, strict=True):
+            label[int(i)] = "" if label_id == NO_ANSWER else table.labels.names[label_id]
+        if predictions.probabilities is not None:
+            given = confidences(predictions.probabilities, predictions.label_ids)
+            true = label_probabilities(predictions.probabilities, table.label_ids[rows])
+            confidence |= _written(rows, given)
+            probability |= _written(rows, true)
+        if predictions.raw is not None:
+            raw |= {int(i): text for i, text in zip(rows, predictions.raw, strict=True)}
+    return [label, confidence, probability, raw]
+
+
+def _written(rows: NDArray[np.int64], values: Sequence[float] | NDArray[np.float64]) -> dict[int, str]:
+    return {int(i): repr(float(value)) for i, value in zip(rows, values, strict=True)}

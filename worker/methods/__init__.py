@@ -1,0 +1,1 @@
+"""The methods an experiment compares, each behind one Protocol."""

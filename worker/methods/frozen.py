@@ -1,0 +1,115 @@
+"""The frozen base model: its states of texts, computed once, and linear probes on them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.ml.adapter import Adapter
+from service.ml.encode import encode
+from service.ml.engine import Engine, softmax
+from service.ml.manifest import States
+from worker.methods.protocol import OnProgress, Rows, silent
+from worker.predictions import Predictions
+
+# A probe learns little from more rows, and their states would fill the memory.
+MAX_PROBE_ROWS = 50_000
+C_GRID = {"pooled": (3.0, 30.0), "head": (30.0, 300.0)}
+
+
+@dataclass
+class FrozenBase:
+    """An engine, the length texts are cut to, and the states already computed."""
+
+    engine: Engine
+    max_length: int
+    _states: dict[tuple[str, ...], dict[str, NDArray[np.float32]]] = field(default_factory=dict)
+
+    def states(self, texts: tuple[str, ...], on_progress: OnProgress = silent) -> dict[str, NDArray[np.float32]]:
+        """`head` (N, H') and `pooled` (N, H) of N texts; kept, since the probe and the fine-tune both want them."""
+        if texts not in self._states:
+            ids = encode(self.engine.backbone.tokenizer, texts, self.max_length).ids
+            self._states[texts] = self.engine.states(
+                ids, lambda done, n: on_progress(done / n, f"base model over {done}/{n} texts")
+            )
+        return self._states[texts]
+
+    def logits(self, adapter: Adapter, texts: Sequence[str]) -> NDArray[np.float32]:
+        """`(N, K)` of N texts."""
+        ids = encode(self.engine.backbone.tokenizer, texts, adapter.max_length).ids
+        return np.stack(self.engine.score(ids, [adapter] * len(ids)))
+
+    def predict(self, adapter: Adapter, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
+        """Answers as `/predict` would give them: the same encoding, the same engine."""
+        start = time.perf_counter()
+        ids = encode(self.engine.backbone.tokenizer, texts, adapter.max_length).ids
+        logits = self.engine.score(
+            ids, [adapter] * len(ids), lambda done, n: on_progress(done / n, f"scored {done}/{n} texts")
+        )
+        probabilities = softmax(np.stack(logits)) if logits else np.empty((0, len(adapter.labels)))
+        seconds = (time.perf_counter() - start) / max(len(texts), 1)
+        return Predictions(probabilities.argmax(1), probabilities, seconds_per_row=seconds)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A linear head on frozen states.
+
+    Args:
+        weight: `(K, H)`.
+        bias: `(K,)`; zeros where it was fitted without intercept.
+        validation_accuracy: Of the better C of the grid.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    validation_accuracy: float
+
+
+def fit_probe(
+    base: FrozenBase, train: Rows, validation: Rows, kind: States, *, intercept: bool, on_progress: OnProgress = silent
+) -> Probe:
+    """Logistic regression on the frozen base's states, C chosen on the validation rows.
+
+    Args:
+        base: The frozen base.
+        train: What it is fitted on, the first `MAX_PROBE_ROWS` by a fixed stride.
+        validation: What C is chosen on.
+        kind: Which states.
+        intercept: False where the head it starts has no bias.
+        on_progress: Told the share done.
+
+    Source: linear probing before fine-tuning, Kumar et al. 2022, arXiv:2202.10054.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    stride = -(-len(train.texts) // MAX_PROBE_ROWS)
+    x = base.states(train.texts[::stride], lambda share, text: on_progress(0.7 * share, text))[kind]
+    x_validation = base.states(validation.texts, lambda share, text: on_progress(0.7 + 0.1 * share, text))[kind]
+    # Scaled to a mean square length of 1, so that one grid of C fits every base; folded back into the weights.
+    scale = 1 / max(float(np.sqrt((x.astype(np.float64) ** 2).sum(1).mean())), 1e-12)
+    best: Probe | None = None
+    for i, c in enumerate(C_GRID[kind]):
+        on_progress(0.8 + 0.1 * i, "logistic regression on the base model's states")
+        model = LogisticRegression(C=c, max_iter=300, fit_intercept=intercept)
+        model.fit(x * scale, train.label_ids[::stride])
+        weight, bias = _full_head(model, len(train.labels))
+        predicted = (x_validation * scale @ weight.T + bias).argmax(1)
+        accuracy = float((predicted == validation.label_ids).mean()) if len(predicted) else 0.0
+        if best is None or accuracy > best.validation_accuracy:
+            best = Probe((weight * scale).astype(np.float32), bias.astype(np.float32), accuracy)
+    assert best is not None  # the grid is not empty
+    return best
+
+
+def _full_head(model, n_labels: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # type: ignore[no-untyped-def]
+    """`(K, H)` and `(K,)` from scikit-learn's fit, which has one row for two classes and none for absent labels."""
+    weight, bias = model.coef_, np.broadcast_to(model.intercept_, (len(model.coef_),))
+    if len(model.classes_) == 2:
+        weight, bias = np.vstack([-weight[0] / 2, weight[0] / 2]), np.array([-bias[0] / 2, bias[0] / 2])
+    full_weight = np.zeros((n_labels, weight.shape[1]))
+    full_bias = np.full(n_labels, float(np.min(bias)) - 5.0 if model.fit_intercept else 0.0)
+    full_weight[model.classes_], full_bias[model.classes_] = weight, bias
+    return full_weight, full_bias

@@ -1,0 +1,44 @@
+"""Bag of words and a logistic regression: seconds to train, and often hard to beat."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from worker.methods.protocol import OnProgress, Rows, silent
+from worker.predictions import Predictions
+
+
+@dataclass(frozen=True)
+class TfidfPredictor:
+    """A fitted scikit-learn pipeline over K labels, of which it has seen some."""
+
+    pipeline: Any
+    n_labels: int
+
+    def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
+        start = time.perf_counter()
+        probabilities = np.zeros((len(texts), self.n_labels))
+        probabilities[:, self.pipeline.classes_] = self.pipeline.predict_proba(texts)
+        seconds = time.perf_counter() - start
+        return Predictions(probabilities.argmax(1), probabilities, seconds_per_row=seconds / max(len(texts), 1))
+
+
+class TfidfLogreg:
+    """Words and pairs of words, sublinear counts, C=10: the usual strong setting for short texts."""
+
+    def fit(self, train: Rows, validation: Rows, on_progress: OnProgress = silent) -> TfidfPredictor:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        on_progress(0.0, "TF-IDF and logistic regression")
+        # Tokens of one character count too: some languages write words with one, and "?" or "£" may tell labels apart.
+        pipeline = make_pipeline(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\w+|[^\w\s]"),
+            LogisticRegression(C=10, max_iter=1000),
+        )
+        pipeline.fit(train.texts, train.label_ids)
+        return TfidfPredictor(pipeline, len(train.labels))

@@ -1,0 +1,139 @@
+"""No training at all: a prompted model, or the similarity of text and label name where only an encoder is at hand."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from service.core.errors import ModelUnavailable
+from service.ml.base_models import Located
+from service.ml.device import DTYPES, training_precision
+from service.ml.encode import token_batches
+from service.ml.labels import LabelSet
+from worker.methods.frozen import FrozenBase
+from worker.methods.prompts import PromptTemplate, parse_answer
+from worker.methods.protocol import OnProgress, Rows, silent
+from worker.predictions import NO_ANSWER, Predictions
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The label whose name lies nearest to the text: cosine of pooled states. A baseline, but not a prompt."""
+
+    base: FrozenBase
+    labels: LabelSet
+
+    def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
+        start = time.perf_counter()
+        names = tuple(name.replace("_", " ").replace("-", " ") for name in self.labels.names)
+        label_states = self.base.states(names)["pooled"]
+        states = self.base.states(tuple(texts), on_progress)["pooled"]
+        seconds = (time.perf_counter() - start) / max(len(texts), 1)
+        return Predictions((states @ label_states.T).argmax(1), seconds_per_row=seconds)
+
+
+class PromptedModel:
+    """A generative model, asked for the label alone: greedy, batched, padded on the left."""
+
+    def __init__(self, source: Located, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                source.folder, local_files_only=True, padding_side="left"
+            )
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=DTYPES[training_precision(device)],
+            )
+        except Exception as error:
+            raise ModelUnavailable(
+                f"Prompt model {source.base.name!r} cannot be loaded ({type(error).__name__}).",
+                hint="Name a model whose config.json says …ForCausalLM, with undamaged safetensors and a tokenizer.",
+            ) from error
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.model = model.to(device).eval()
+        self.device = device
+        self.name = source.base.name
+
+    def encode_prompt(self, system: str, user: str) -> list[int]:
+        """Ids of one prompt: through the model's chat template where it has one, with no EOS at the end."""
+        if self.tokenizer.chat_template:
+            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+            prompt = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            # The template writes the special tokens itself.
+            ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(f"{system}\n\n{user}\nLabel:")["input_ids"]
+        end = self.tokenizer.eos_token_id
+        while not self.tokenizer.chat_template and ids and ids[-1] == end:
+            ids = ids[:-1]
+        return ids
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, on_progress: OnProgress) -> list[str]:
+        """Greedy answers to N prompts, special tokens left out."""
+        answers = [""] * len(prompts)
+        lengths = np.array([len(ids) for ids in prompts])
+        done = 0
+        for rows in token_batches(lengths, 4096 if self.device.type == "cpu" else 32_768, 64):
+            longest = int(lengths[rows].max())
+            pad = self.tokenizer.pad_token_id
+            padded = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in rows])
+            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
+            generated = self.model.generate(
+                input_ids=padded.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
+                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+            )  # fmt: skip
+            texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = text
+            done += len(rows)
+            on_progress(done / len(prompts), f"{self.name} answered {done}/{len(prompts)} prompts")
+        return answers
+
+    def label_tokens(self, labels: LabelSet) -> int:
+        """Tokens of the longest label, with room for a prefix such as `Label:`, quotes and the end."""
+        longest = max(len(self.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in labels.names)
+        return longest + 8
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """Zero-shot prompting, or few-shot with examples from the train rows."""
+
+    model: PromptedModel
+    template: PromptTemplate
+    labels: LabelSet
+    examples: tuple[tuple[str, str], ...] = ()
+
+    def messages(self, text: str) -> tuple[str, str]:
+        """System and user message for one text."""
+        return self.template.fill(self.labels.names, text, self.examples)
+
+    def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
+        start = time.perf_counter()
+        prompts = [self.model.encode_prompt(*self.messages(text)) for text in texts]
+        raw = self.model.generate(prompts, self.model.label_tokens(self.labels), on_progress)
+        seconds = (time.perf_counter() - start) / max(len(texts), 1)
+        parsed = [parse_answer(answer, self.labels.names) for answer in raw]
+        ids = [NO_ANSWER if answer.label is None else self.labels.id_of(answer.label) for answer in parsed]
+        outcomes = tuple(answer.outcome for answer in parsed)
+        return Predictions(np.array(ids, dtype=np.int64), None, tuple(raw), outcomes, seconds)
+
+
+def draw_examples(train: Rows, n: int, seed: int) -> tuple[tuple[str, str], ...]:
+    """`n` train rows as `(text, label)`, label by label in turn so that they are balanced; seeded."""
+    rng = np.random.default_rng([seed, n])
+    by_label = [rng.permutation(np.flatnonzero(train.label_ids == i)) for i in rng.permutation(len(train.labels))]
+    rounds = (rows[turn] for turn in range(n) for rows in by_label if turn < len(rows))
+    chosen = [int(row) for row, _ in zip(rounds, range(n), strict=False)]
+    return tuple((train.texts[i], train.labels.names[train.label_ids[i]]) for i in chosen)

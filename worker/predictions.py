@@ -1,0 +1,40 @@
+"""What every method answers with."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+NO_ANSWER = -1
+
+Outcome = Literal["valid", "invalid", "ambiguous", "empty"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One method's answers for N rows and K labels.
+
+    Args:
+        label_ids: `(N,)`, the predicted label's id, or `NO_ANSWER`.
+        probabilities: `(N, K)` float64, rows sum to 1; None where the method has none.
+        raw: N generated texts, as they came; None where nothing is generated.
+        outcomes: N outcomes of parsing `raw`; None where nothing is generated.
+        seconds_per_row: Wall time of predicting, per row.
+    """
+
+    label_ids: NDArray[np.int64]
+    probabilities: NDArray[np.float64] | None = None
+    raw: tuple[str, ...] | None = None
+    outcomes: tuple[Outcome, ...] | None = None
+    seconds_per_row: float = 0.0
+
+    def take(self, rows: NDArray[np.int64]) -> "Predictions":
+        """The answers at positions `rows`, in that order."""
+        return Predictions(
+            self.label_ids[rows],
+            None if self.probabilities is None else self.probabilities[rows],
+            None if self.raw is None else tuple(self.raw[i] for i in rows),
+            None if self.outcomes is None else tuple(self.outcomes[i] for i in rows),
+            self.seconds_per_row,
+        )

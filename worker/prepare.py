@@ -1,0 +1,155 @@
+"""Before any work: which base models, which rows, which split, and what every `auto` of the spec comes to."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.core.errors import InvalidData, ModelUnavailable
+from service.core.spec import JobSpec
+from service.ml.base_models import EMBEDDED, GPU_DEFAULT, PROMPT_DEFAULT, Located, find_base, locate
+from service.ml.dataset import TableFormat, read_frame
+from service.ml.device import training_precision
+from service.ml.labels import LabelSet
+from worker.artifacts import Table
+from worker.methods.lora import auto_epochs, auto_learning_rate
+from worker.split import ALGORITHM, PARTS, Split, split_as_given, split_rows, stratified_subset
+
+Say = Callable[[str, str], None]
+"""Called with a message for the user and its level."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an experiment works on.
+
+    Args:
+        spec: With no `auto` left, but for `gradient_checkpointing`, which the first batches decide.
+        base: The base model.
+        prompt_model: The model to prompt; None where none is wanted or at hand.
+        table: The usable rows.
+        split: Their parts.
+        split_algorithm: How they were dealt out.
+        subset: Positions, within the test part, of the rows that prompts are asked about.
+    """
+
+    spec: JobSpec
+    base: Located
+    prompt_model: Located | None
+    table: Table
+    split: Split
+    split_algorithm: str
+    subset: NDArray[np.int64]
+
+
+def prepare(
+    spec: JobSpec, file: Path, table_format: TableFormat, models_dir: Path | None, device: torch.device, say: Say
+) -> Prepared:
+    """Checks that everything is at hand, reads the rows and splits them.
+
+    Raises:
+        ModelUnavailable: a base model that was named cannot be had.
+        InvalidData: the rows cannot be split as asked, or the spec does not fit the base model.
+    """
+    base = _find_base(spec, models_dir, device, say)
+    wants_prompt = spec.runs_baselines and "zero_shot" in spec.baseline.methods
+    prompt_model = _find_prompt_model(spec, base, models_dir, device, say) if wants_prompt else None
+    table, split, algorithm = _read(spec, file, table_format)
+    test_texts = [table.texts[i] for i in split.test]
+    subset = stratified_subset(test_texts, table.label_ids[split.test], spec.baseline.sample_size, spec.seed)
+    say(
+        f"{len(table.texts)} usable rows, {len(table.labels)} labels: {len(split.train)} to train on, "
+        f"{len(split.validation)} to choose on, {len(split.test)} to judge on.",
+        "info",
+    )
+    resolved = _resolve(spec, base, prompt_model, len(split.train), device)
+    return Prepared(resolved, base, prompt_model, table, split, algorithm, subset)
+
+
+def _find_base(spec: JobSpec, models_dir: Path | None, device: torch.device, say: Say) -> Located:
+    name = spec.base_model
+    if name == "auto":
+        name = EMBEDDED
+        if device.type == "cuda":
+            try:
+                return _long_enough(locate(find_base(GPU_DEFAULT, models_dir)), spec)
+            except ModelUnavailable as error:
+                say(f"{error.detail} The embedded model {EMBEDDED!r} is used instead.", "warning")
+    return _long_enough(locate(find_base(name, models_dir)), spec)
+
+
+def _long_enough(source: Located, spec: JobSpec) -> Located:
+    asked, limit = spec.train.max_length, source.base.max_length
+    if asked > limit:
+        raise InvalidData(
+            f"train.max_length is {asked}, and base model {source.base.name!r} reads at most {limit} tokens.",
+            hint="Lower train.max_length, or name a base model that reads longer texts.",
+        )
+    return source
+
+
+def _find_prompt_model(
+    spec: JobSpec, base: Located, models_dir: Path | None, device: torch.device, say: Say
+) -> Located | None:
+    """The one named, the base itself if it generates, else the default one where it is at hand."""
+    name = spec.baseline.prompt_model
+    if name != "auto":
+        source = locate(find_base(name, models_dir))
+        if not source.base.generative:
+            raise InvalidData(
+                f"Prompt model {name!r} has no language-model head, so it cannot be prompted.",
+                hint=f"Name a generative model, such as {PROMPT_DEFAULT!r}, or leave prompt_model at 'auto'.",
+            )
+        return source
+    if base.base.generative:
+        return base
+    try:
+        return locate(find_base(PROMPT_DEFAULT, models_dir), download=device.type == "cuda")
+    except ModelUnavailable:
+        say(
+            "No generative model is at hand, so zero_shot is the similarity of text and label name. To prompt a model, "
+            f"name one in baseline.prompt_model: {PROMPT_DEFAULT!r} is fetched where a hub can be reached, and a folder "
+            "in TUNEPROOF_MODELS_DIR needs no network.",
+            "info",
+        )
+        return None
+
+
+def _read(spec: JobSpec, file: Path, table_format: TableFormat) -> tuple[Table, Split, str]:
+    if not table_format.needs_label:
+        raise InvalidData("The dataset has no labels.", hint="Upload it again with labelled=true and a label column.")
+    frame = read_frame(file, table_format)
+    kept = frame[~frame["dropped"].to_numpy(bool)]
+    texts, names = tuple(kept["text"].tolist()), kept["label"].tolist()
+    labels = LabelSet.of(names)
+    dropped = frame["row_id"].to_numpy(np.int64)[frame["dropped"].to_numpy(bool)]
+    table = Table(kept["row_id"].to_numpy(np.int64), texts, labels.ids(names), labels, dropped)
+    shares: dict[Any, float] = spec.split.model_dump()
+    if table_format.split_column is None:
+        split, algorithm = split_rows(texts, table.label_ids, shares, spec.seed), ALGORITHM
+    else:
+        given = kept["split"].tolist()
+        split, algorithm = split_as_given(texts, table.label_ids, given, shares, spec.seed), "as-given"
+    for part in PARTS:
+        if len(split.part(part)) == 0:
+            raise InvalidData(f"No row is left for the {part} part.", hint="Upload more rows, or ask for other shares.")
+    return table, split, algorithm
+
+
+def _resolve(spec: JobSpec, base: Located, prompt_model: Located | None, n_train: int, device: torch.device) -> JobSpec:
+    hidden_size = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    decided = {
+        "epochs": auto_epochs(n_train), "batch_size": 32, "learning_rate": auto_learning_rate(hidden_size),
+        "precision": training_precision(device),
+    }  # fmt: skip
+    train = spec.train
+    train = train.model_copy(update={name: v for name, v in decided.items() if getattr(train, name) == "auto"})
+    baseline = spec.baseline
+    if prompt_model is not None:
+        baseline = baseline.model_copy(update={"prompt_model": prompt_model.base.name})
+    return spec.model_copy(update={"base_model": base.base.name, "train": train, "baseline": baseline})

@@ -1,0 +1,81 @@
+"""What a running job says about itself: JSON lines to whoever started it."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+# Shares of the whole, by rough experience; a kind that leaves a stage out gives its share to the others.
+STAGES = {"prepare": 0.03, "baseline": 0.22, "train": 0.62, "evaluate": 0.1, "publish": 0.03}
+_LEAST_SECONDS_BETWEEN = 0.25
+
+
+@dataclass
+class Reporter:
+    """Progress that never falls, and events, written to `stream`.
+
+    Args:
+        stream: Gets one JSON object per line.
+        clock: Seconds, monotonic.
+    """
+
+    stream: TextIO
+    clock: Callable[[], float] = time.monotonic
+    _without: set[str] = field(default_factory=set, init=False)
+    _stage: str = field(default="prepare", init=False)
+    _fraction: float = field(default=0.0, init=False)
+    _started: float = field(init=False)
+    _last: float = field(default=-1.0, init=False)
+
+    def __post_init__(self) -> None:
+        self._started = self.clock()
+
+    def leave_out(self, **stages: bool) -> None:
+        """Stages this job does not have, by name."""
+        self._without = {name for name, without in stages.items() if without}
+
+    def stage(self, name: str) -> None:
+        self._stage = name
+        self.progress(0.0, name, always=True)
+
+    def progress(self, share: float, message: str, *, always: bool = False) -> None:
+        """`share` of the stage at hand is done."""
+        now = self.clock()
+        if not always and now - self._last < _LEAST_SECONDS_BETWEEN:
+            return
+        self._last = now
+        self._fraction = max(self._fraction, self._whole(min(max(share, 0.0), 1.0)))
+        elapsed = now - self._started
+        eta = elapsed * (1 - self._fraction) / self._fraction if self._fraction > 0.05 else None
+        self._send("progress", stage=self._stage, fraction=self._fraction, message=message, eta_seconds=eta)
+
+    def part(self, start: float, stop: float) -> Callable[[float, str], None]:
+        """A progress callback for the piece of the stage from `start` to `stop`."""
+        return lambda share, message: self.progress(start + share * (stop - start), message)
+
+    def event(self, kind: str, message: str, data: Mapping[str, Any] | None = None, level: str = "info") -> None:
+        self._send("event", level=level, kind=kind, message=message, data=dict(data or {}))
+
+    def spec(self, spec: Mapping[str, Any]) -> None:
+        self._send("spec", spec=dict(spec))
+
+    def checkpoint(self, folder: Path) -> None:
+        self._send("checkpoint", folder=str(folder))
+
+    def result(self, summary: Mapping[str, Any], models: list[dict[str, Any]]) -> None:
+        self._send("result", summary=dict(summary), models=models)
+
+    def error(self, code: str, message: str, hint: str | None) -> None:
+        self._send("error", code=code, message=message, hint=hint)
+
+    def _whole(self, share: float) -> float:
+        weights = {name: weight for name, weight in STAGES.items() if name not in self._without}
+        names = list(weights)
+        done = sum(weights[name] for name in names[: names.index(self._stage)])
+        return (done + share * weights[self._stage]) / sum(weights.values())
+
+    def _send(self, message_type: str, **body: Any) -> None:
+        self.stream.write(json.dumps({"type": message_type, **body}, ensure_ascii=True) + "\n")
+        self.stream.flush()

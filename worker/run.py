@@ -1,0 +1,359 @@
+"""One job in one process: a folder with a table and a spec in, artifacts out. No database, no HTTP.
+
+    folder/dataset          the uploaded file, as it came
+    folder/job.json         a `JobFile`; `{}` runs an experiment with every default
+    folder/checkpoints/     where an earlier attempt stood, if there was one
+    folder/out/             what is to be published; out/adapter is the fine-tuned model
+    folder/models/          other models to be published, a folder per method
+
+Progress, events and the result go to standard output as JSON lines.
+"""
+
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from service.core.errors import AppError, OutOfMemory, RoundTripFailed
+from service.core.spec import JobSpec
+from service.ml.adapter import Adapter, load_adapter
+from service.ml.backbone import load_backbone
+from service.ml.base_models import Located
+from service.ml.dataset import TableFormat, UploadOptions, profile
+from service.ml.device import DTYPES, pick_device, serving_precision
+from service.ml.engine import Engine
+from service.ml.manifest import FILE as MANIFEST
+from service.ml.manifest import Manifest, States, sha256_of
+from worker.artifacts import write_json, write_predictions, write_split
+from worker.compare import COST_ORDER, MethodAnswers, compare_all, headline, recommend
+from worker.methods.embedding_logreg import EmbeddingLogreg
+from worker.methods.frozen import FrozenBase
+from worker.methods.lora import Lora, LoraRecipe
+from worker.methods.majority import Majority
+from worker.methods.prompts import PromptTemplate
+from worker.methods.protocol import OnProgress, Predictor, Rows
+from worker.methods.tfidf_logreg import TfidfLogreg
+from worker.methods.zero_shot import Prompted, PromptedModel, Similarity, draw_examples
+from worker.metrics import score
+from worker.predictions import Predictions
+from worker.prepare import Prepared, prepare
+from worker.progress import Reporter
+from worker.report import render
+
+STOPPED = 75
+"""Exit status of a child that was told to stop (EX_TEMPFAIL)."""
+
+ROUND_TRIP_ROWS = 64
+# Relative error of the reloaded model's logits: bf16 keeps 8 bits, and errors add up over the layers.
+ROUND_TRIP_TOLERANCE = {"fp32": 1e-3, "bf16": 0.08}
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """`job.json`.
+
+    Args:
+        spec: A `JobSpec`.
+        table: How to read the file; inferred where it is left out.
+        dataset: `id`, `name`, `sha256`, `n_rows` and `warnings`, for the figures and the report.
+        job_id: For the figures.
+        models_dir: Folder of allowed local base models.
+    """
+
+    spec: dict[str, Any] = field(default_factory=dict)
+    table: dict[str, Any] | None = None
+    dataset: dict[str, Any] = field(default_factory=dict)
+    job_id: str = "job_local"
+    models_dir: str | None = None
+
+
+class Saveable(Protocol):
+    """A fitted method that can be served."""
+
+    @property
+    def states(self) -> States: ...
+    def save(self, folder: Path) -> None: ...
+    def logits(self, texts: tuple[str, ...]) -> NDArray[np.float32]: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A saved model, answering as `/predict` would."""
+
+    base: FrozenBase
+    adapter: Adapter
+
+    def predict(self, texts: tuple[str, ...], on_progress: OnProgress) -> Predictions:
+        return self.base.predict(self.adapter, texts, on_progress)
+
+
+class Experiment:
+    """A job under way."""
+
+    def __init__(self, folder: Path, reporter: Reporter) -> None:
+        self.folder, self.out, self.reporter = folder, folder / "out", reporter
+        self.job = JobFile(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
+        self.device = pick_device()
+        self.messages: list[str] = []
+        self.answers: dict[str, dict[str, Predictions]] = {}
+        self.models: list[dict[str, Any]] = []
+        self.training: dict[str, Any] | None = None
+
+    def run(self) -> None:
+        """Everything, from the file to the figures. Raises AppError."""
+        self.reporter.stage("prepare")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._prepare()
+        if self.spec.runs_baselines:
+            self.reporter.stage("baseline")
+            self._baselines()
+        if self.spec.trains:
+            self.reporter.stage("train")
+            self._fine_tune()
+        self.reporter.stage("evaluate")
+        self.reporter.result(self._evaluate(), self.models)
+
+    def _prepare(self) -> None:
+        file = self.folder / "dataset"
+        table_format = TableFormat(**self.job.table) if self.job.table else profile(file, UploadOptions()).format
+        models_dir = Path(self.job.models_dir) if self.job.models_dir else None
+        spec = JobSpec.model_validate(self.job.spec)
+        ready = prepare(spec, file, table_format, models_dir, self.device, self._say)
+        self.ready: Prepared = ready
+        self.spec, self.table, self.split = ready.spec, ready.table, ready.split
+        self.reporter.leave_out(baseline=not spec.runs_baselines, train=not spec.trains)
+        self.train, self.validation, self.test = (
+            Rows(tuple(self.table.texts[i] for i in rows), self.table.label_ids[rows], self.table.labels)
+            for rows in (self.split.train, self.split.validation, self.split.test)
+        )
+        self.reporter.spec(self.spec.model_dump())
+        write_split(self.out / "split.csv", self.table, self.split)
+        self.dtype = DTYPES[serving_precision(self.device)]
+        engine = Engine(load_backbone(ready.base, device=self.device, dtype=self.dtype))
+        self.base = FrozenBase(engine, self.spec.train.max_length)
+
+    def _baselines(self) -> None:
+        methods = self.spec.baseline.methods
+        for i, name in enumerate(methods):
+            on_progress = self.reporter.part(i / len(methods), (i + 1) / len(methods))
+            on_progress(0.0, name)
+            if name == "majority":
+                self._predict_all(name, Majority().fit(self.train, self.validation, on_progress), on_progress)
+            elif name == "tfidf_logreg":
+                self._predict_all(name, TfidfLogreg().fit(self.train, self.validation, on_progress), on_progress)
+            elif name == "embedding_logreg":
+                fitted = EmbeddingLogreg(self.base).fit(self.train, self.validation, on_progress)
+                served = self._saved(name, fitted, self.folder / "models" / name, "fp32")
+                self._predict_all(name, served, on_progress)
+            elif self.ready.prompt_model is not None:
+                self._prompt(self.ready.prompt_model, on_progress)
+            else:
+                self._predict_all("zero_shot_similarity", Similarity(self.base, self.table.labels), on_progress)
+
+    def _prompt(self, source: Located, on_progress: OnProgress) -> None:
+        model = PromptedModel(source, self.device)
+        own = self.spec.baseline.prompt_template
+        template = PromptTemplate() if own is None else PromptTemplate(user=own, version="own")
+        texts = tuple(self.test.texts[i] for i in self.ready.subset)
+        prompted = {"zero_shot_prompt": Prompted(model, template, self.table.labels)}
+        if self.spec.baseline.few_shot:
+            examples = draw_examples(self.train, self.spec.baseline.few_shot, self.spec.seed)
+            prompted["few_shot_prompt"] = Prompted(model, template, self.table.labels, examples)
+        shown: dict[str, Any] = {"prompt_model": source.base.name, "revision": source.revision}
+        shown["template_version"] = template.version
+        for name, method in prompted.items():
+            self.answers[name] = {"baseline_subset": method.predict(texts, on_progress)}
+            shown[name] = dict(zip(("system", "user"), method.messages(texts[0]), strict=True))
+        write_json(self.out / "prompt.json", shown)
+
+    def _fine_tune(self) -> None:
+        recipe = LoraRecipe.of(self.spec.train, self.spec.seed)
+        on_event = self.reporter.event
+        lora = Lora(self.base, recipe, self.folder / "checkpoints", self.reporter.checkpoint, on_event)
+        trained = lora.fit(self.train, self.validation, self.reporter.part(0.0, 1.0))
+        self.training = trained.facts()
+        checkpointing = {"gradient_checkpointing": trained.state.gradient_checkpointing}
+        self.spec = self.spec.model_copy(update={"train": self.spec.train.model_copy(update=checkpointing)})
+        self.reporter.spec(self.spec.model_dump())
+        if trained.truncated_texts:
+            self._say(
+                f"{trained.truncated_texts} texts of train and validation are longer than {recipe.max_length} tokens; "
+                "what lies beyond was not read.", "warning",
+            )  # fmt: skip
+        served = self._saved("lora", trained, self.out / "adapter", recipe.precision)
+        (self.out / MANIFEST).write_bytes((self.out / "adapter" / MANIFEST).read_bytes())
+        self.reporter.stage("evaluate")
+        self._predict_all("lora", served, self.reporter.part(0.0, 0.5))
+
+    def _saved(self, method: str, fitted: Saveable, folder: Path, precision: str) -> Served:
+        """Saves a model, loads it the way serving does, and checks that it still answers the same.
+
+        Raises:
+            RoundTripFailed: it does not.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        fitted.save(folder)
+        backbone = self.base.engine.backbone
+        split = {"algorithm": self.ready.split_algorithm, "sha256": sha256_of(self.out / "split.csv")}
+        manifest = Manifest(
+            method=method, base_model=backbone.source.base.name, base_revision=backbone.source.revision,
+            labels=self.table.labels.names, states=fitted.states, max_length=self.spec.train.max_length,
+            pad_token_id=backbone.pad_id, ends_with_eos=backbone.decoder, seed=self.spec.seed, split=split,
+            precision=precision,
+        )  # fmt: skip
+        manifest.write(folder)
+        adapter = load_adapter(folder, head_name=backbone.head_name, device=backbone.device, dtype=self.dtype)
+        self.base.engine.attach(adapter)
+        sample = self.validation.texts[:ROUND_TRIP_ROWS]
+        expected, got = fitted.logits(sample), self.base.logits(adapter, sample)
+        error = float(np.linalg.norm(got - expected) / max(float(np.linalg.norm(expected)), 1e-12))
+        coarsest = "bf16" if precision == "bf16" or self.dtype == torch.bfloat16 else "fp32"
+        if not error <= ROUND_TRIP_TOLERANCE[coarsest]:
+            raise RoundTripFailed(
+                f"The saved {method} model, loaded again, is {error:.3g} away from the trained one (allowed: "
+                f"{ROUND_TRIP_TOLERANCE[coarsest]:g}). It is not published."
+            )
+        if self.spec.trains:
+            self.models.append({"method": method, "folder": folder.relative_to(self.folder).as_posix()})
+        return Served(self.base, adapter)
+
+    def _predict_all(self, name: str, predictor: Predictor | Served, on_progress: OnProgress) -> None:
+        test = predictor.predict(self.test.texts, on_progress)
+        validation = predictor.predict(self.validation.texts, on_progress)
+        subset = test.take(self.ready.subset)
+        self.answers[name] = {"test": test, "validation": validation, "baseline_subset": subset}
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Writes figures, predictions and report; gives the job's summary."""
+        labels, subset = self.table.labels.names, self.ready.subset
+        true = {"test": self.test.label_ids, "validation": self.validation.label_ids}
+        true["baseline_subset"] = self.test.label_ids[subset]
+        answers = {name: self.answers[name] for name in COST_ORDER if name in self.answers}
+        methods = {
+            name: {part: score(predictions, true[part], labels) for part, predictions in parts.items()}
+            for name, parts in answers.items()
+        }
+        judged = {
+            name: MethodAnswers(
+                true["test"], true["baseline_subset"], parts["test"].label_ids if "test" in parts else None,
+                parts["baseline_subset"].label_ids,
+            )
+            for name, parts in answers.items()
+        }  # fmt: skip
+        self.reporter.progress(0.6, "comparing the methods", always=True)
+        comparisons = compare_all(judged, len(labels), self.spec.seed)
+        recommendation = recommend(judged, self.spec.margin, len(labels), self.spec.seed)
+        metrics = self._figures(methods, [asdict(comparison) for comparison in comparisons])
+        summary = {
+            "headline": headline(recommendation, judged, comparisons),
+            "recommendation": asdict(recommendation),
+            "methods": {name: _brief(parts) for name, parts in methods.items()},
+        }
+        write_json(self.out / "metrics.json", metrics)
+        write_predictions(self.out / "predictions.csv", self.table, self.split, subset, answers)
+        notes = {
+            "job_name": self.spec.name or self.job.job_id, "dataset_name": self.job.dataset.get("name", "dataset"),
+            "warnings": self.job.dataset.get("warnings", []), "messages": self.messages,
+            "spec": self.spec.model_dump(),
+        }  # fmt: skip
+        (self.out / "report.html").write_text(render(metrics, summary, notes), encoding="utf-8")
+        return summary
+
+    def _figures(self, methods: dict[str, Any], comparisons: list[dict[str, Any]]) -> dict[str, Any]:
+        """The contract's metrics.json."""
+        split, dropped = self.split, len(self.table.dropped_row_ids)
+        sizes = {"n_train": len(split.train), "n_validation": len(split.validation), "n_test": len(split.test)}
+        return {
+            "schema_version": 1,
+            "job_id": self.job.job_id,
+            "dataset": self._dataset(),
+            "labels": list(self.table.labels.names),
+            "split": {"seed": self.spec.seed, "algorithm": self.ready.split_algorithm, **sizes, "n_dropped": dropped},
+            "baseline_subset": {"n": len(self.ready.subset), "drawn_from": "test", "seed": self.spec.seed},
+            "methods": methods,
+            "comparison": comparisons,
+            "training": self.training,
+            "environment": self._environment(),
+        }
+
+    def _dataset(self) -> dict[str, Any]:
+        known = {"id": "", "sha256": sha256_of(self.folder / "dataset"), "n_rows": len(self.table.texts)}
+        return known | {key: value for key, value in self.job.dataset.items() if key in known}
+
+    def _environment(self) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "base_model": self.ready.base.base.name,
+            "base_revision": self.ready.base.revision,
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "scored_in": str(self.dtype).removeprefix("torch."),
+            "libraries": {name: version(name) for name in ("torch", "transformers", "peft", "scikit-learn", "scipy")},
+        }
+
+    def _say(self, message: str, level: str) -> None:
+        self.messages.append(message)
+        self.reporter.event("message", message, level=level)
+
+
+def _brief(parts: dict[str, Any]) -> dict[str, Any]:
+    """A method's line in the job's summary; `model_id` is filled in where the model is published."""
+    on = "test" if "test" in parts else "baseline_subset"
+    return {"accuracy": parts[on]["accuracy"], "macro_f1": parts[on]["macro_f1"], "on": on, "model_id": None}
+
+
+class _Stopped(BaseException):
+    """SIGTERM: leave whatever is being done. The last whole checkpoint stays."""
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise _Stopped
+
+
+def _die_with_supervisor() -> None:
+    """Ends this process at once when the supervisor's end of standard input closes, however it died."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m worker.run FOLDER [--supervised]`. Gives the exit status: 0 done, 1 failed, 75 stopped."""
+    if arguments[1:] == ["--supervised"]:
+        _die_with_supervisor()
+    signal.signal(signal.SIGTERM, _stop)
+    # Libraries print where they like; standard output belongs to the messages alone.
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    reporter = Reporter(messages)
+    try:
+        Experiment(Path(arguments[0]), reporter).run()
+    except _Stopped:
+        return STOPPED
+    except torch.OutOfMemoryError:
+        reporter.error(OutOfMemory.code, "The job does not fit into the device's memory.", "Lower train.batch_size.")
+        return 1
+    except AppError as error:
+        reporter.error(error.code, error.detail, error.hint)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
