@@ -37,7 +37,7 @@ class Table:
 
 def write_split(path: Path, table: Table, split: Split) -> None:
     """`row_id,split` for every usable row and every dropped one, by row id."""
-    named = [(int(table.row_ids[i]), part) for part in PARTS for i in split.part(part)]
+    named: list[tuple[int, str]] = [(int(table.row_ids[i]), part) for part in PARTS for i in split.part(part)]
     named += [(int(row), "dropped") for row in table.dropped_row_ids]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

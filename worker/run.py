@@ -328,7 +328,7 @@ def _die_with_supervisor() -> None:
     def watch() -> None:
         while os.read(0, 4096):
             pass
-        os._exit(1)
+        os._exit(STOPPED)
 
     threading.Thread(target=watch, daemon=True).start()
 

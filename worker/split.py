@@ -68,7 +68,7 @@ def split_as_given(
     if len(validation) == 0:
         part = shares["validation"] / (shares["train"] + shares["validation"])
         cut: dict[Part, float] = {"train": 1 - part, "validation": part, "test": 0.0}
-        inner = split_rows([texts[i] for i in train], label_ids[train], cut, seed)
+        inner = split_rows([texts[i] for i in train.tolist()], label_ids[train], cut, seed)
         train, validation = train[inner.train], train[inner.validation]
     return Split(train, validation, test)
 

@@ -121,6 +121,15 @@ def renew(db: Database, lease: Lease, now: datetime, lease_seconds: float) -> st
         return session.scalars(select(Job.status).where(Job.id == lease.job_id)).one()
 
 
+def status_under(db: Database, lease: Lease) -> str:
+    """The job's status, without renewing anything. Raises LeaseLost."""
+    with db.read() as session:
+        job = session.get(Job, lease.job_id)
+    if job is None or (job.attempt, job.lease_token) != (lease.attempt, lease.token):
+        raise _lost(lease)
+    return job.status
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a running job stands; `stage` is one of the contract's."""
@@ -276,7 +285,7 @@ def get(session: Session, job_id: str, *, lock: bool = False) -> Job:
     return job
 
 
-def open_jobs_on(dataset_id: str) -> Select[tuple[str]]:
+def open_jobs_on(dataset_id: str) -> Select[str]:
     """Ids of jobs on the dataset that have not ended."""
     return select(Job.id).where(Job.dataset_id == dataset_id, Job.status.not_in(TERMINAL))
 

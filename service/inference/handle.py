@@ -10,7 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from service.core.errors import (
-    AppError, BaseLoading, BaseNotServed, DeadlinePassed, EngineUnavailable, InvalidData, QueueFull,
+    AppError,
+    BaseLoading,
+    BaseNotServed,
+    DeadlinePassed,
+    EngineUnavailable,
+    InvalidData,
+    QueueFull,
 )  # fmt: skip
 from service.core.settings import Settings
 from service.inference import wire
@@ -99,7 +105,9 @@ class EngineHandle:
         self._open[number] = answer
         self._waiting_chars += size
         try:
-            process.stdin.write(wire.pack({"type": "predict", "number": number, "model": asdict(model), "texts": texts}))
+            process.stdin.write(
+                wire.pack({"type": "predict", "number": number, "model": asdict(model), "texts": texts})
+            )
             await process.stdin.drain()
             message = await asyncio.wait_for(answer, self._settings.predict_timeout_seconds)
         except TimeoutError:

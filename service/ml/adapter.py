@@ -72,6 +72,9 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
         InvalidData: a file is damaged, or its shapes do not fit together.
     """
     manifest = Manifest.read(folder)
+    unsigned = {WEIGHTS, CONFIG} - manifest.files.keys() if manifest.method == "lora" else {HEAD} - manifest.files.keys()
+    if unsigned:
+        raise InvalidData(f"{', '.join(sorted(unsigned))} is not among the files that were published.")
     lora, linears = _read_peft(folder) if manifest.method == "lora" else ({}, _read_head(folder, head_name))
     head = linears.pop(head_name, None)
     if head is None or head.weight.shape[0] != len(manifest.labels):
@@ -89,27 +92,50 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
 
 
 def _read_head(folder: Path, head_name: str) -> dict[str, Linear]:
-    tensors = _tensors(folder / HEAD)
-    return {head_name: Linear(tensors["weight"], tensors["bias"])}
+    head = _linear(_tensors(folder / HEAD), "")
+    if head.bias is None:
+        raise InvalidData(f"{HEAD} of the saved model has no bias.")
+    return {head_name: head}
 
 
 def _read_peft(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Linear]]:
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    scale = float(config["lora_alpha"]) / float(config["r"])
+    scale = _scale(folder / CONFIG)
     tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in _tensors(folder / WEIGHTS).items()}
     lora: dict[str, tuple[Tensor, Tensor]] = {}
     linears: dict[str, Linear] = {}
     for name, tensor in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            layer = name.removesuffix(".lora_A.weight")
-            b = tensors.get(f"{layer}.lora_B.weight")
-            if b is None or b.shape[1] != tensor.shape[0]:
+        if name.endswith((".lora_A.weight", ".lora_B.weight")):
+            layer = name[: -len(".lora_A.weight")]
+            a, b = (tensors.get(f"{layer}.lora_{half}.weight", tensor[:0]) for half in "AB")
+            if a.ndim != 2 or b.ndim != 2 or b.shape[1] != len(a):
                 raise InvalidData(f"The saved adapter's two halves at {layer} do not fit together.")
-            lora[layer] = (tensor, b * scale)
-        elif name.endswith(".weight") and ".lora_" not in name:
-            layer = name.removesuffix(".weight")
-            linears[layer] = Linear(tensor, tensors.get(f"{layer}.bias"))
+            lora[layer] = (a, b * scale)
+        elif name.endswith((".weight", ".bias")) and ".lora_" not in name:
+            layer = name.rpartition(".")[0]
+            linears[layer] = _linear(tensors, f"{layer}.")
+        else:
+            raise InvalidData(f"The saved adapter holds {name}, which this version cannot serve.")
     return lora, linears
+
+
+def _scale(file: Path) -> float:
+    """alpha / r of a plain LoRA; what PEFT would compute otherwise is refused, not answered wrongly."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        scale = float(config["lora_alpha"]) / float(config["r"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise InvalidData(f"{file.name} of the saved model is missing or damaged.") from error
+    other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if other:
+        raise InvalidData(f"{file.name} of the saved model asks for {', '.join(other)}, which this version cannot serve.")
+    return scale
+
+
+def _linear(tensors: dict[str, Tensor], prefix: str) -> Linear:
+    weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
+    if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        raise InvalidData(f"The saved model's layer {prefix or 'head'} is incomplete, or its parts do not fit together.")
+    return Linear(weight, bias)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -102,10 +102,13 @@ def load_backbone(
         tokenizer = load_tokenizer(source.folder, decoder=decoder)
         config.pad_token_id = tokenizer.pad_token_id
         config.use_cache = False
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source.folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
-            attn_implementation=attention or ("eager" if device.type == "cpu" else "sdpa"), output_loading_info=True,
-        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # layers that the checkpoint lacks start the same in every process
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                source.folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
+                attn_implementation=attention or ("eager" if device.type == "cpu" else "sdpa"),
+                output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:
         raise ModelUnavailable(
             f"Base model {source.base.name!r} cannot be loaded ({type(error).__name__}).",
@@ -160,9 +163,9 @@ def _without_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def _final_linear(model: nn.Module, num_labels: int) -> str:
-    body = model.base_model_prefix + "."
-    names = [
+def _final_linear(model: Any, num_labels: int) -> str:
+    body = f"{model.base_model_prefix}."
+    names: list[str] = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module.out_features == num_labels and not name.startswith(body)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,12 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
     if base.repo is not None:
         return Located(base, _from_hub(base, download), base.revision)
     folder = base.folder or _embedded_folder()
-    revision = f"sha256:{weights_sha256(folder)}"
+    try:
+        revision = f"sha256:{weights_sha256(folder)}"
+    except OSError as error:
+        raise ModelUnavailable(
+            f"The weights of base model {base.name!r} cannot be read.", hint="Put its files back, and start the job again."
+        ) from error
     if base.revision and revision != base.revision:
         raise ModelUnavailable(
             f"The weights of base model {base.name!r} are not the pinned ones.",
@@ -112,6 +118,8 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
 def weights_sha256(folder: Path) -> str:
     """One hash over all weight files, in the order of their names; a single file's own sha256 where it is one."""
     files = sorted(folder.glob(_WEIGHTS))
+    if not files:
+        raise FileNotFoundError(_WEIGHTS)
     return _sha256(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
 
 
@@ -127,18 +135,32 @@ def _sha256(files: tuple[Path, ...], _modified_ns: tuple[int, ...]) -> str:
 def _from_hub(base: BaseModel, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = {
-        "repo_id": base.repo, "revision": base.revision, "allow_patterns": ["*.json", _WEIGHTS, "*.txt", "*.jinja"],
-    }  # fmt: skip
+    def snapshot(*, local: bool) -> Path:
+        patterns = ["*.json", _WEIGHTS, "*.txt", "*.jinja"]
+        return Path(
+            snapshot_download(str(base.repo), revision=base.revision, allow_patterns=patterns, local_files_only=local)
+        )
+
+    with suppress(Exception):
+        # The cache gives a folder whatever is in it: a download that was cut off is taken up again below.
+        if _is_whole(folder := snapshot(local=True)):
+            return folder
+    if not download:
+        raise _unavailable(base)
     try:
-        return Path(snapshot_download(**wanted, local_files_only=True))
-    except Exception as error:
-        if not download:
-            raise _unavailable(base) from error
-    try:
-        return Path(snapshot_download(**wanted))
+        return snapshot(local=False)
     except Exception as error:
         raise _unavailable(base) from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether config, tokenizer and every weight file that the index names are there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        weights = {"model.safetensors"}
+    return all((folder / name).is_file() for name in {"config.json", "tokenizer.json", *weights})
 
 
 def _unavailable(base: BaseModel) -> ModelUnavailable:
@@ -160,12 +182,18 @@ def _embedded_folder() -> Path:
 
 
 def _local(folder: Path) -> BaseModel:
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    positions = int(config.get("max_position_embeddings") or 512)
+    # A damaged config is told when the model is used: the list as a whole must stay readable.
+    config: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        read = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read if isinstance(read, dict) else {}
+    positions = _positive(config.get("max_position_embeddings")) or 512
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
-        positions -= int(config.get("pad_token_id") or 0) + 1  # their positions are counted from there
-    architectures = config.get("architectures") or [""]
-    return BaseModel(folder.name, "", positions, str(architectures[0]).endswith("ForCausalLM"), folder=folder)
+        positions -= _positive(config.get("pad_token_id")) + 1  # their positions are counted from there
+    architectures = config.get("architectures")
+    generative = isinstance(architectures, list) and str([*architectures, ""][0]).endswith("ForCausalLM")
+    return BaseModel(folder.name, "", positions, generative, folder=folder)
+
+
+def _positive(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0

@@ -55,8 +55,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Encod
     long_rows = np.flatnonzero(truncated)
     if len(long_rows):
         # Cut by the tokenizer, which knows how much room the special tokens at the end need.
-        cut = _ids(tokenizer, [texts[i] for i in long_rows], truncation=True, max_length=max_length)
-        for row, shorter in zip(long_rows, cut, strict=True):
+        cut = _ids(tokenizer, [texts[i] for i in long_rows.tolist()], truncation=True, max_length=max_length)
+        for row, shorter in zip(long_rows.tolist(), cut, strict=True):
             ids[row] = shorter
     return Encoded(ids, truncated)
 

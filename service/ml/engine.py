@@ -64,7 +64,8 @@ class Engine:
         head = _linear(backbone.model, backbone.head_name)
         self.head_width, self.head_has_bias = head.in_features, head.bias is not None
         _replace(backbone.model, backbone.head_name, nn.Identity())
-        body: nn.Module = backbone.model.base_model
+        body = backbone.model.base_model
+        assert isinstance(body, nn.Module)
         body.register_forward_hook(self._keep_hidden)
 
     def attach(self, adapter: Adapter) -> None:
@@ -76,15 +77,17 @@ class Engine:
         width = self.head_width if adapter.states == "head" else self.backbone.hidden_size
         if adapter.head.weight.shape[1] != width:
             raise InvalidData("The saved model's head does not fit the base model's states.")
-        shapes = {name: (b.shape[0], a.shape[1]) for name, (a, b) in adapter.lora.items()}
-        shapes |= {name: tuple(layer.weight.shape) for name, layer in adapter.layers.items()}
-        for name, (outputs, inputs) in shapes.items():
-            layer = _linear(self.backbone.model, name)
-            if (layer.out_features, layer.in_features) != (outputs, inputs):
+        if adapter.states == "head" and not adapter.layers.keys() >= set(self.backbone.fresh):
+            raise InvalidData("The saved adapter has no weights for layers that the base model's files lack.")
+        shapes = [(name, (b.shape[0], a.shape[1])) for name, (a, b) in adapter.lora.items()]
+        shapes += [(name, (x.weight.shape[0], x.weight.shape[1])) for name, x in adapter.layers.items()]
+        layers = {name: _linear(self.backbone.model, name) for name, _ in shapes}
+        for name, shape in shapes:
+            if (layers[name].out_features, layers[name].in_features) != shape:
                 raise InvalidData(f"The saved adapter does not fit the base model at {name}.")
-            if name not in self._wrapped:
-                _replace(self.backbone.model, name, _AdaptedLinear(layer, name, self._route))
-                self._wrapped.add(name)
+        for name in layers.keys() - self._wrapped:
+            _replace(self.backbone.model, name, _AdaptedLinear(layers[name], name, self._route))
+            self._wrapped.add(name)
 
     def score(
         self, ids: Sequence[list[int]], adapters: Sequence[Adapter], on_batch: OnBatch | None = None

@@ -62,10 +62,13 @@ class Manifest:
         """The manifest of `folder`, every file in it checked against its sha256.
 
         Raises:
-            InvalidData: a file is missing or is not the one that was published.
+            InvalidData: a file is missing or is not the one that was published, or the manifest itself is damaged.
         """
-        body = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        manifest = cls(**body | {"labels": tuple(body["labels"])})
+        try:
+            body = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            manifest = cls(**body | {"labels": tuple(body["labels"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidData(f"{FILE} of the saved model is missing, damaged, or of another version.") from error
         for name, expected in manifest.files.items():
             file = folder / name
             if not file.is_file() or sha256_of(file) != expected:

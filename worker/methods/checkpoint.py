@@ -48,7 +48,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
 
     def save(self, folder: Path) -> Path:
-        """Writes `folder/epoch-N`, whole or not at all, and removes older ones. Returns its path."""
+        """Writes `folder/epoch-N`, whole or not at all, and keeps the one before it. Returns its path."""
         target = folder / f"epoch-{self.state.epoch}"
         partial = folder / f"{target.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -59,7 +59,7 @@ class Checkpoint:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         for older in folder.glob("epoch-*"):
-            if older != target:
+            if _number(older) < self.state.epoch - 1:
                 shutil.rmtree(older, ignore_errors=True)
         return target
 
@@ -72,7 +72,11 @@ class Checkpoint:
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint below `folder`."""
     whole = [path for path in folder.glob("epoch-*") if (path / _STATE).is_file()]
-    return max(whole, key=lambda path: int(path.name.removeprefix("epoch-")), default=None)
+    return max(whole, key=_number, default=None)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("epoch-").removesuffix(".partial"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -315,7 +315,7 @@ class _Run:
         inputs = self.backbone.inputs([self.encoded.ids[i] for i in rows])
         self.optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self.loss(self.model(**inputs).logits.float(), self.targets[rows])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.trainable.values(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         return loss.detach()

@@ -19,7 +19,9 @@ Which of these categories does the text below belong to? Answer with the categor
 Text: {text}"""
 
 VERSION = "zero-shot-v1"
-_LABEL_PREFIX = re.compile(r"^(?:the\s+)?(?:label|category|class|answer|intent|topic)(?:\s+is)?\s*[:=\-]?\s+", re.IGNORECASE)
+_LABEL_PREFIX = re.compile(
+    r"^(?:the\s+)?(?:label|category|class|answer|intent|topic)(?:\s+is)?\s*[:=\-]?\s+", re.IGNORECASE
+)
 _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 

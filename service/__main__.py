@@ -1,0 +1,131 @@
+"""`python -P -m service serve | migrate | keys`: what the `tuneproof` command starts."""
+
+import argparse
+import logging
+import sys
+from datetime import timedelta
+
+from service.core.clock import utc_now
+from service.core.errors import AppError
+from service.core.settings import Settings
+from service.db import catalog
+from service.db.engine import Database, alembic_config, migrate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Gives the exit status."""
+    given = _parser().parse_args(arguments)
+    try:
+        status: int = given.run(given)
+    except AppError as error:
+        print(error.detail, file=sys.stderr)  # noqa: T201
+        return 2
+    except RuntimeError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
+    return status
+
+
+def serve(given: argparse.Namespace) -> int:
+    """Runs the API; refuses to listen beyond loopback as long as anybody could walk in."""
+    import uvicorn
+
+    from service.main import create_app
+
+    asked = {name: value for name, value in (("host", given.host), ("port", given.port)) if value is not None}
+    settings = Settings(**asked)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    migrate(settings.resolved_database_url)
+    if settings.listens_beyond_loopback and settings.bootstrap_key is None:
+        db = Database(settings.resolved_database_url)
+        open_to_all = not catalog.any_key_ever(db)
+        db.close()
+        if open_to_all:
+            raise RuntimeError(
+                f"Refusing to listen on {settings.host}: no API key exists, so anybody could read your data. Make one "
+                "with `tuneproof keys create --name me --scope admin`, or set TUNEPROOF_BOOTSTRAP_KEY."
+            )
+    uvicorn.run(
+        create_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False,
+        timeout_graceful_shutdown=25, server_header=False,
+    )  # fmt: skip
+    return 0
+
+
+def migrate_database(given: argparse.Namespace) -> int:
+    """Brings the database up to date, or checks that the migrations make what the models say."""
+    from alembic import command
+    from alembic.util import CommandError
+
+    if given.check:
+        url = "sqlite://" if given.url is None else given.url
+        try:
+            migrate(url)
+            command.check(alembic_config(url))
+        except CommandError as error:
+            print(error, file=sys.stderr)  # noqa: T201
+            return 1
+        return 0
+    migrate(Settings().resolved_database_url)
+    return 0
+
+
+def create_key(given: argparse.Namespace) -> int:
+    db, now = _database(), utc_now()
+    expires_at = None if given.expires_days is None else now + timedelta(days=given.expires_days)
+    with db.write() as session:
+        key, secret = catalog.create_key(session, given.name, given.scope, now, expires_at)
+    print(secret)  # noqa: T201
+    print(f"{key.id} ({key.scope}): the line above is the key; it is not shown again.", file=sys.stderr)  # noqa: T201
+    return 0
+
+
+def list_keys(_given: argparse.Namespace) -> int:
+    with _database().read() as session:
+        for key in catalog.list_keys(session):
+            state = "revoked" if key.revoked_at else f"expires {key.expires_at:%Y-%m-%d}" if key.expires_at else "live"
+            print(f"{key.id}  {key.scope:8}{key.created_at:%Y-%m-%d}  {state:20}{key.name}")  # noqa: T201
+    return 0
+
+
+def revoke_key(given: argparse.Namespace) -> int:
+    with _database().write() as session:
+        catalog.revoke_key(session, given.key_id, utc_now())
+    return 0
+
+
+def _database() -> Database:
+    url = Settings().resolved_database_url
+    migrate(url)
+    return Database(url)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m service")
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("serve")
+    verb.add_argument("--host")
+    verb.add_argument("--port", type=int)
+    verb.set_defaults(run=serve)
+    verb = verbs.add_parser("migrate")
+    verb.add_argument("--check", action="store_true", help="fail where migrations and models differ")
+    verb.add_argument("--url", help="database for --check; an empty one by default")
+    verb.set_defaults(run=migrate_database)
+    keys = verbs.add_parser("keys").add_subparsers(required=True)
+    verb = keys.add_parser("create")
+    verb.add_argument("--name", required=True)
+    verb.add_argument("--scope", required=True, choices=catalog.SCOPES)
+    verb.add_argument("--expires-days", type=float)
+    verb.set_defaults(run=create_key)
+    verb = keys.add_parser("list")
+    verb.set_defaults(run=list_keys)
+    verb = keys.add_parser("revoke")
+    verb.add_argument("key_id")
+    verb.set_defaults(run=revoke_key)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

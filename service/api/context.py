@@ -1,0 +1,146 @@
+"""What the routes work with, and who may call them."""
+
+import ipaddress
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Query, Request
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+
+from service.api.problems import from_pydantic
+from service.core.clock import Clock
+from service.core.errors import Forbidden, InvalidInput, LowDisk, TooLarge, Unauthorized
+from service.core.settings import Settings
+from service.db import catalog
+from service.db.engine import Database
+from service.inference.handle import EngineHandle
+from service.storage import Storage
+
+
+@dataclass
+class Context:
+    """Built once in `main.py`."""
+
+    settings: Settings
+    db: Database
+    storage: Storage
+    engine: EngineHandle
+    clock: Clock
+    _keys_exist: bool = field(default=False, init=False)
+
+    @property
+    def grace(self) -> timedelta:
+        return timedelta(seconds=self.settings.delete_grace_seconds)
+
+    def keys_exist(self) -> bool:
+        """Whether a key was ever created; once true, it stays so."""
+        self._keys_exist = self._keys_exist or catalog.any_key_ever(self.db)
+        return self._keys_exist
+
+    def refuse_on_low_disk(self) -> None:
+        free, least = shutil.disk_usage(self.settings.data_dir).free, self.settings.min_free_bytes
+        if free < least:
+            raise LowDisk(
+                f"Only {free // 2**20} MiB are free on the service's disk, and {least // 2**20} are kept back "
+                "(TUNEPROOF_MIN_FREE_BYTES). Delete datasets or jobs, or give it more space."
+            )
+
+
+def get_context(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+Ctx = Annotated[Context, Depends(get_context)]
+Limit = Annotated[int, Query(ge=1, le=200, description="How many, newest first.")]
+
+
+def after(prefix: str) -> Any:
+    """The query parameter `after`: an id of that kind."""
+    return Annotated[str | None, Query(pattern=rf"^{prefix}_[0-9a-z]{{1,60}}$", description="The last id seen.")]
+
+
+def scope_of(request: Request) -> str | None:
+    """The scope a route needs: by name where it is special, else `read` to look and `write` to change."""
+    name = getattr(request.scope.get("route"), "name", "")
+    if name in PUBLIC:
+        return None
+    return SPECIAL.get(name, "read" if request.method in ("GET", "HEAD") else "write")
+
+
+PUBLIC = {"healthz", "readyz", "home"}
+SPECIAL = {"predict": "predict"}
+
+
+async def authorize(request: Request, ctx: Ctx) -> None:
+    """Lets a call through whose key reaches far enough; on every route but the public ones.
+
+    Raises:
+        Unauthorized: no key, or one that is unknown, revoked or expired.
+        Forbidden: its scope is too small.
+    """
+    needed = scope_of(request)
+    if needed is None:
+        return
+    scope = await run_in_threadpool(scope_of_caller, request, ctx)
+    if catalog.SCOPES.index(scope) < catalog.SCOPES.index(needed):
+        raise Forbidden(f"This call needs a key of scope '{needed}'; this one has '{scope}'.")
+
+
+def scope_of_caller(request: Request, ctx: Context) -> str:
+    """The scope of the call's key; everything on loopback while no key was ever created. Raises Unauthorized."""
+    kind, _, secret = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and secret.strip():
+        with ctx.db.read() as session:
+            key = catalog.find_key(session, secret.strip(), ctx.clock())
+        if key is not None:
+            return key.scope
+        raise Unauthorized("The key is unknown, revoked or expired. Make one with `tuneproof keys create`.")
+    if not ctx.keys_exist() and _is_loopback(request):
+        return "admin"
+    raise Unauthorized("Send a key: `Authorization: Bearer <key>`. Make one with `tuneproof keys create`.")
+
+
+def _is_loopback(request: Request) -> bool:
+    try:
+        return request.client is None or ipaddress.ip_address(request.client.host).is_loopback
+    except ValueError:
+        return True  # no network address: an in-process client
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def json_body(model: type[Body], max_bytes: int | None = None) -> Callable[..., Awaitable[Body]]:
+    """A dependency that reads the body as `model`.
+
+    Pydantic parses the bytes itself: NaN, Infinity, lone surrogates, huge numbers and deep nesting are refused there.
+    """
+
+    async def read(request: Request) -> Body:
+        return parse_json(model, await _bytes(request, max_bytes))
+
+    return read
+
+
+def parse_json(model: type[Body], raw: bytes | str) -> Body:
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        raise from_pydantic(error) from None
+
+
+async def _bytes(request: Request, max_bytes: int | None) -> bytes:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise InvalidInput(f"Expected a body of type application/json, found {kind[:100]!r}.")
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if max_bytes is not None and len(raw) > max_bytes:
+            raise TooLarge(f"The JSON body is larger than the {max_bytes} bytes taken here.")
+    return bytes(raw)

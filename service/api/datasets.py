@@ -1,0 +1,171 @@
+"""Datasets: upload, look, delete."""
+
+import hashlib
+import itertools
+import tempfile
+from dataclasses import asdict
+from pathlib import Path, PurePath
+from typing import IO, Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+
+from service.api.context import Context, Ctx, Limit, after
+from service.api.problems import from_pydantic
+from service.api.schemas import DatasetForm, DatasetOut, Page, RowOut
+from service.core.errors import InvalidInput, NotFound, TooLarge
+from service.core.ids import new_id, new_token
+from service.db import catalog
+from service.db.models import Dataset
+from service.ml.dataset import TableFormat, UploadOptions, profile, read_rows
+
+router = APIRouter(tags=["datasets"])
+_CHUNK = 1 << 20
+UPLOAD_FIELDS = tuple(DatasetForm.model_fields)
+
+
+@router.post("/datasets", status_code=201, response_model=DatasetOut, openapi_extra={"requestBody": {"content": {
+    "multipart/form-data": {"schema": {"$ref": "#/components/schemas/DatasetUpload"}}}, "required": True}})  # fmt: skip
+async def create_dataset(request: Request, ctx: Ctx) -> DatasetOut:
+    """Upload a CSV or TSV; the answer says how it was read and what was found in it."""
+    upload, fields = await read_form(request, UPLOAD_FIELDS)
+    dataset = await run_in_threadpool(store, ctx, upload, fields)
+    return dataset_out(dataset)
+
+
+@router.get("/datasets", response_model=Page[DatasetOut])
+def list_datasets(ctx: Ctx, limit: Limit = 50, after: after("ds") = None) -> Page[DatasetOut]:  # type: ignore[valid-type]
+    with ctx.db.read() as session:
+        rows, more = catalog.newest(session, Dataset, limit, after)
+        return Page(data=[dataset_out(row) for row in rows], has_more=more)
+
+
+@router.get("/datasets/{dataset_id}", response_model=DatasetOut)
+def get_dataset(ctx: Ctx, dataset_id: str) -> DatasetOut:
+    with ctx.db.read() as session:
+        return dataset_out(catalog.get_dataset(session, dataset_id))
+
+
+@router.get("/datasets/{dataset_id}/rows", response_model=Page[RowOut])
+def preview_rows(
+    ctx: Ctx,
+    dataset_id: str,
+    offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> Page[RowOut]:
+    """Rows as they are read, in the order of the file."""
+    with ctx.db.read() as session:
+        dataset = catalog.get_dataset(session, dataset_id)
+    with tempfile.TemporaryDirectory(dir=ctx.settings.data_dir / "tmp") as folder:
+        file = Path(folder) / "dataset"
+        try:
+            ctx.storage.fetch(dataset.storage_key, file)
+        except FileNotFoundError:
+            raise NotFound("The dataset has just been deleted.") from None
+        rows = read_rows(file, TableFormat(**dataset.profile["format"]))
+        found = [
+            RowOut(row_id=row.row_id, text=row.text, label=row.label)
+            for row in itertools.islice(rows, offset, offset + limit + 1)
+        ]
+        rows.close()  # type: ignore[attr-defined]
+    return Page(data=found[:limit], has_more=len(found) > limit)
+
+
+@router.delete("/datasets/{dataset_id}", status_code=204)
+def delete_dataset(ctx: Ctx, dataset_id: str) -> Response:
+    with ctx.db.write() as session:
+        catalog.remove_dataset(session, dataset_id, ctx.clock(), ctx.grace)
+    return Response(status_code=204)
+
+
+async def read_form(request: Request, allowed: tuple[str, ...]) -> tuple[UploadFile, dict[str, str]]:
+    """The file and the other fields of a multipart body; an empty field counts as left out.
+
+    Raises:
+        InvalidInput: it is no such body, has no file, or has a field nobody knows.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidInput("Expected a multipart/form-data body with the CSV as `file` (curl: -F file=@your.csv).")
+    request.app.state.context.refuse_on_low_disk()
+    form = await request.form(max_files=1, max_fields=50, max_part_size=_CHUNK)
+    upload = form.get("file")
+    if not isinstance(upload, UploadFile):
+        raise InvalidInput(
+            "The form has no file. Send the CSV as `file` (curl: -F file=@your.csv).",
+            errors=[{"loc": ["file"], "message": "expected a file"}],
+        )
+    fields = {name: value for name, value in form.multi_items() if name != "file" and isinstance(value, str) and value}
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise InvalidInput(
+            f"Unknown form fields. Known are: file, {', '.join(allowed)}.",
+            errors=[{"loc": [name], "message": "unknown field"} for name in unknown],
+        )
+    return upload, fields
+
+
+def store(ctx: Context, upload: UploadFile, fields: dict[str, str]) -> Dataset:
+    """Checks an upload, puts its bytes into the storage, then its row into the database.
+
+    Raises:
+        InvalidData, UnsupportedMedia, TooLarge: it cannot be used; nothing of it is kept.
+    """
+    try:
+        form = DatasetForm.model_validate(fields)
+    except ValidationError as error:
+        raise from_pydantic(error) from None
+    options = UploadOptions(**form.model_dump(exclude={"name"}), max_labels=ctx.settings.max_labels)
+    with tempfile.NamedTemporaryFile(dir=ctx.settings.data_dir / "tmp") as file:
+        sha256, size_bytes = _copy(upload.file, file, ctx.settings.max_upload_bytes)
+        found = profile(Path(file.name), options)
+        dataset_id = new_id("ds")
+        file.seek(0)
+        stored = ctx.storage.put(file, f"datasets/{dataset_id}/{new_token()}")
+    dataset = Dataset(
+        id=dataset_id, name=_name(form, upload), created_at=ctx.clock(), sha256=sha256, size_bytes=size_bytes,
+        storage_key=stored.key, profile=asdict(found),
+    )  # fmt: skip
+    with ctx.db.write() as session:
+        session.add(dataset)
+    return dataset
+
+
+def lock(session: Session, dataset_id: str) -> Dataset:
+    return catalog.get_dataset(session, dataset_id)
+
+
+def dataset_out(dataset: Dataset) -> DatasetOut:
+    found: dict[str, Any] = dataset.profile
+    table = found["format"]
+    columns = {key: table[key] for key in ("text_column", "label_column", "split_column")}
+    return DatasetOut(
+        id=dataset.id, name=dataset.name, created_at=dataset.created_at, sha256=dataset.sha256,
+        size_bytes=dataset.size_bytes, n_rows=found["n_rows"], n_usable_rows=found["n_usable_rows"], **columns,
+        delimiter=table["delimiter"], has_header=table["has_header"], encoding=table["encoding"],
+        inferred=list(found["inferred"]), labels=found["labels"], text_length=found["text_length"],
+        warnings=found["warnings"],
+    )  # fmt: skip
+
+
+def _copy(source: IO[bytes], target: Any, max_bytes: int) -> tuple[str, int]:
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(_CHUNK):
+        size += len(chunk)
+        if size > max_bytes:
+            raise TooLarge(
+                f"The file is larger than the {max_bytes} bytes this service takes (TUNEPROOF_MAX_UPLOAD_BYTES)."
+            )
+        digest.update(chunk)
+        target.write(chunk)
+    target.flush()
+    return digest.hexdigest(), size
+
+
+def _name(form: DatasetForm, upload: UploadFile) -> str:
+    """As given, else the file's own name without its ending. It is shown, and never part of a path."""
+    stem = PurePath((upload.filename or "").replace("\\", "/")).stem
+    printable = "".join(char for char in stem if char.isprintable())
+    return (form.name or printable or "dataset")[:200]

@@ -1,0 +1,246 @@
+"""Jobs: start, follow, cancel, and what they leave."""
+
+import asyncio
+import re
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from service.api.context import Context, Ctx, Limit, after, json_body, parse_json
+from service.api.datasets import UPLOAD_FIELDS, read_form, store
+from service.api.schemas import ArtifactOut, EventOut, JobOut, Page, ProgressOut
+from service.core.errors import InvalidData, InvalidInput, NotFound
+from service.core.spec import JobSpec, Kind
+from service.db import catalog, jobs
+from service.db.models import Artifact, Event, Job
+from service.ml.base_models import EMBEDDED, find_base
+
+router = APIRouter(tags=["jobs"])
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+_MAX_SPEC_BYTES = 1 << 20
+_SECONDS_BETWEEN_LOOKS = 0.25
+_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_TYPES = {
+    ".json": "application/json", ".csv": "text/csv; charset=utf-8", ".html": "text/html; charset=utf-8",
+    ".jsonl": "application/jsonl", ".txt": "text/plain; charset=utf-8", ".md": "text/markdown; charset=utf-8",
+}  # fmt: skip
+# The report is our own page, but it shows other people's texts: it may load and run nothing.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@router.post("/jobs", status_code=202, response_model=JobOut, openapi_extra={"requestBody": {"content": {
+    "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
+    "multipart/form-data": {"schema": {"$ref": "#/components/schemas/JobUpload"}}}, "required": True}})  # fmt: skip
+async def create_job(request: Request, response: Response, ctx: Ctx) -> JobOut:
+    """Start a job: JSON that names a dataset, or one multipart call with the CSV itself."""
+    ctx.refuse_on_low_disk()
+    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        upload, fields = await read_form(request, ("spec", *UPLOAD_FIELDS))
+        spec = parse_json(JobSpec, fields.pop("spec", "{}"))
+        if spec.dataset_id is not None:
+            raise InvalidInput("Send either `file` or `dataset_id`, not both.")
+        _check(ctx, spec)
+        dataset = await run_in_threadpool(store, ctx, upload, fields)
+        spec = spec.model_copy(update={"dataset_id": dataset.id})
+    else:
+        spec = await json_body(JobSpec, _MAX_SPEC_BYTES)(request)
+        if spec.dataset_id is None:
+            raise InvalidInput(
+                "A JSON job needs `dataset_id`; to send the CSV with the job, use multipart/form-data with `file`.",
+                errors=[{"loc": ["dataset_id"], "message": "missing"}],
+            )
+        _check(ctx, spec)
+    job = await run_in_threadpool(_submit, ctx, spec)
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return job
+
+
+@router.get("/jobs", response_model=Page[JobOut])
+def list_jobs(
+    ctx: Ctx,
+    limit: Limit = 50,
+    after: after("job") = None,  # type: ignore[valid-type]
+    status: Status | None = None,
+    kind: Kind | None = None,
+    dataset_id: Annotated[str | None, Query(max_length=64)] = None,
+) -> Page[JobOut]:
+    asked = ((Job.status, status), (Job.kind, kind), (Job.dataset_id, dataset_id))
+    where = [column == value for column, value in asked if value is not None]
+    with ctx.db.read() as session:
+        rows, more = catalog.newest(session, Job, limit, after, where)
+        return Page(data=[_job_out(session, row) for row in rows], has_more=more)
+
+
+@router.get("/jobs/{job_id}", response_model=JobOut)
+def get_job(ctx: Ctx, job_id: str) -> JobOut:
+    with ctx.db.read() as session:
+        return _job_out(session, jobs.get(session, job_id))
+
+
+@router.get("/jobs/{job_id}/wait", response_model=JobOut)
+async def wait_for_job(
+    request: Request, ctx: Ctx, job_id: str, timeout_seconds: Annotated[float, Query(ge=0, le=60)] = 30.0
+) -> JobOut:
+    """Answers as soon as the job's status or stage changes, it has ended, or the time is over."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_seconds
+    first = job = await run_in_threadpool(get_job, ctx, job_id)
+    while not job.terminal and (job.status, job.stage) == (first.status, first.stage):
+        left = deadline - loop.time()
+        if left <= 0 or await request.is_disconnected():
+            break
+        await asyncio.sleep(min(_SECONDS_BETWEEN_LOOKS, left))
+        job = await run_in_threadpool(get_job, ctx, job_id)
+    return job
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202, response_model=JobOut)
+def cancel_job(ctx: Ctx, job_id: str) -> JobOut:
+    with ctx.db.write() as session:
+        return _job_out(session, jobs.cancel(session, job_id, ctx.clock()))
+
+
+@router.post("/jobs/{job_id}/retry", status_code=202, response_model=JobOut)
+def retry_job(ctx: Ctx, job_id: str) -> JobOut:
+    """A failed or cancelled job goes on from its last checkpoint."""
+    ctx.refuse_on_low_disk()
+    with ctx.db.write() as session:
+        return _job_out(session, jobs.retry(session, job_id, ctx.clock()))
+
+
+@router.delete("/jobs/{job_id}", status_code=204)
+def delete_job(ctx: Ctx, job_id: str) -> Response:
+    """The job, its events and artifacts; its models stay."""
+    with ctx.db.write() as session:
+        jobs.remove(session, job_id, ctx.clock(), ctx.grace)
+    return Response(status_code=204)
+
+
+@router.get("/jobs/{job_id}/events", response_model=Page[EventOut])
+def list_events(
+    ctx: Ctx,
+    job_id: str,
+    limit: Limit = 50,
+    after: Annotated[int, Query(ge=0, le=2**63 - 1, description="The last id seen.")] = 0,
+) -> Page[EventOut]:
+    """What happened, oldest first."""
+    with ctx.db.read() as session:
+        jobs.get(session, job_id)
+        query = select(Event).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit + 1)
+        rows = session.scalars(query).all()
+        data = [EventOut.model_validate(row, from_attributes=True) for row in rows[:limit]]
+        return Page(data=data, has_more=len(rows) > limit)
+
+
+@router.get("/jobs/{job_id}/report", response_class=Response)
+def get_report(ctx: Ctx, job_id: str) -> Response:
+    """The report, as a page."""
+    artifact = _artifact(ctx, job_id, "report.html")
+    return StreamingResponse(
+        ctx.storage.chunks(artifact.storage_key), media_type=_TYPES[".html"], headers=_PAGE_HEADERS
+    )
+
+
+@router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=Response)
+def get_artifact(request: Request, ctx: Ctx, job_id: str, name: str) -> Response:
+    """One file, or a range of its bytes."""
+    artifact = _artifact(ctx, job_id, name)
+    headers = {"Accept-Ranges": "bytes", "ETag": f'"{artifact.sha256}"', **_PAGE_HEADERS}
+    suffix = "." + name.rpartition(".")[2]
+    media_type = _TYPES.get(suffix, "application/octet-stream")
+    start, size, status = 0, artifact.size_bytes, 200
+    asked = request.headers.get("range")
+    if asked is not None and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
+        found = _range(asked, artifact.size_bytes)
+        if found is not None:
+            start, size, status = found[0], found[1], 206
+            headers["Content-Range"] = f"bytes {start}-{start + size - 1}/{artifact.size_bytes}"
+    headers["Content-Length"] = str(size)
+    chunks = ctx.storage.chunks(artifact.storage_key, start, size)
+    return StreamingResponse(chunks, status, headers, media_type)
+
+
+def _check(ctx: Context, spec: JobSpec) -> None:
+    """What can be refused before anything is stored. Raises InvalidInput."""
+    if spec.kind == "predict":
+        raise InvalidInput(
+            "Jobs of kind 'predict' are not in this version yet; call POST /predict with up to 1,024 texts at a time.",
+            errors=[{"loc": ["kind"], "message": "expected experiment, train or baseline"}],
+        )
+    models_dir = ctx.settings.models_dir
+    base = find_base(EMBEDDED if spec.base_model == "auto" else spec.base_model, models_dir)
+    if spec.baseline.prompt_model != "auto":
+        find_base(spec.baseline.prompt_model, models_dir)
+    if spec.train.max_length > base.max_length:
+        hint = "" if spec.base_model != "auto" else " ('auto' may take it; name another base model to go beyond)"
+        raise InvalidInput(
+            f"train.max_length must be 8 to {base.max_length} for base model {base.name!r}{hint}.",
+            errors=[{"loc": ["train", "max_length"], "message": f"expected 8 to {base.max_length}"}],
+        )
+
+
+def _submit(ctx: Context, spec: JobSpec) -> JobOut:
+    assert spec.dataset_id is not None  # checked by the caller
+    with ctx.db.write() as session:
+        dataset = catalog.get_dataset(session, spec.dataset_id)
+        if dataset.profile["format"]["label_column"] is None or not dataset.profile["labels"]:
+            raise InvalidData(
+                f"A job of kind '{spec.kind}' needs labels, and this dataset was uploaded without. Upload it again with "
+                "labelled=true."
+            )
+        spec = spec.model_copy(update={"name": spec.name or dataset.name})
+        job = jobs.submit(
+            session, kind=spec.kind, name=spec.name or dataset.name, dataset_id=dataset.id,
+            spec=spec.model_dump(exclude={"model", "metadata", "dataset_id"}), metadata=spec.metadata, now=ctx.clock(),
+        )  # fmt: skip
+        return _job_out(session, job)
+
+
+def _artifact(ctx: Context, job_id: str, name: str) -> Artifact:
+    with ctx.db.read() as session:
+        jobs.get(session, job_id)
+        artifact = session.get(Artifact, (job_id, name))
+    if artifact is None:
+        raise NotFound("The job has no artifact of that name. GET /jobs/{id} lists them; they appear when it succeeds.")
+    return artifact
+
+
+def _job_out(session: Session, job: Job) -> JobOut:
+    found = session.scalars(select(Artifact).where(Artifact.job_id == job.id).order_by(Artifact.name))
+    artifacts = [
+        ArtifactOut(
+            name=a.name, size_bytes=a.size_bytes, sha256=a.sha256, url=f"/jobs/{job.id}/artifacts/{a.name}"
+        )
+        for a in found
+    ]  # fmt: skip
+    progress = ProgressOut(fraction=job.progress_fraction, message=job.progress_message, eta_seconds=job.eta_seconds)
+    same = ("id", "kind", "name", "status", "stage", "attempt", "created_at", "started_at", "finished_at", "dataset_id",
+            "model_id", "spec", "error", "summary")  # fmt: skip
+    values: dict[str, Any] = {key: getattr(job, key) for key in same}
+    return JobOut(
+        **values, terminal=job.status in jobs.TERMINAL, progress=progress, metadata=job.job_metadata,
+        artifacts=artifacts,
+    )  # fmt: skip
+
+
+def _range(asked: str, size: int) -> tuple[int, int] | None:
+    """`(start, length)` of a single range; None for what is to be answered whole. Raises 416."""
+    match = _RANGE.fullmatch(asked.strip())
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if first:
+        start, stop = int(first), min(int(last) + 1 if last else size, size)
+    else:
+        start, stop = max(0, size - int(last)), size
+    if start >= stop:
+        raise HTTPException(416, f"The file has {size} bytes.", {"Content-Range": f"bytes */{size}"})
+    return start, stop - start

@@ -1,0 +1,71 @@
+"""`POST /predict`: what other apps call all day."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from starlette.concurrency import run_in_threadpool
+
+from service.api.context import Context, Ctx, json_body
+from service.api.schemas import PredictIn, PredictionOut, PredictOut, UsageOut
+from service.core.errors import InvalidInput
+from service.db import catalog
+from service.inference.handle import Scores
+from service.inference.wire import ServedModel
+
+router = APIRouter(tags=["predict"])
+
+
+async def _body(request: Request, ctx: Ctx) -> PredictIn:
+    settings = ctx.settings
+    # A character is at most 12 bytes of JSON: a pair of \uXXXX.
+    longest = settings.predict_max_texts * settings.predict_max_chars * 12 + 65_536
+    return await json_body(PredictIn, min(longest, settings.max_upload_bytes))(request)
+
+
+@router.post("/predict", response_model=PredictOut, openapi_extra={"requestBody": {"content": {
+    "application/json": {"schema": {"$ref": "#/components/schemas/PredictIn"}}}, "required": True}})  # fmt: skip
+async def predict(ctx: Ctx, body: Annotated[PredictIn, Depends(_body)]) -> PredictOut:
+    """Labels for texts, in their order, all from one published version of one model."""
+    texts = _checked(ctx, body.all_texts)
+    model_id, served = await run_in_threadpool(_find, ctx, body.model)
+    scores = await ctx.engine.predict(served, texts)
+    return PredictOut(
+        model_id=model_id,
+        predictions=[_prediction(scores, row, body) for row in range(len(texts))],
+        usage=UsageOut(texts=len(texts), tokens=scores.tokens),
+    )
+
+
+def _checked(ctx: Context, texts: list[str]) -> list[str]:
+    most, longest = ctx.settings.predict_max_texts, ctx.settings.predict_max_chars
+    if len(texts) > most:
+        raise InvalidInput(f"Expected 1 to {most} texts a call, found {len(texts)}. Split them over several calls.")
+    errors = [{"loc": ["texts", i], "message": f"expected 1 to {longest} characters"}
+              for i, text in enumerate(texts) if not 0 < len(text) <= longest]  # fmt: skip
+    if errors:
+        raise InvalidInput(
+            f"A text must have 1 to {longest} characters; see `errors` for those that do not.", errors=errors[:50]
+        )
+    return texts
+
+
+def _find(ctx: Context, id_or_alias: str) -> tuple[str, ServedModel]:
+    with ctx.db.read() as session:
+        model = catalog.find_model(session, id_or_alias)
+    files = tuple(model.files)
+    return model.id, ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, files)
+
+
+def _prediction(scores: Scores, row: int, body: PredictIn) -> PredictionOut:
+    probabilities = scores.probabilities[row]
+    # Equal probabilities stand in the order of the labels' ids.
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[: body.top_k]
+    confidence = probabilities[order[0]]
+    abstained = confidence < body.min_confidence
+    return PredictionOut(
+        label=None if abstained else scores.labels[order[0]],
+        confidence=confidence,
+        probabilities={scores.labels[i]: probabilities[i] for i in order},
+        abstained=abstained,
+        truncated=scores.truncated[row],
+    )

@@ -1,0 +1,140 @@
+"""Every error as RFC 9457 problem+json, and which status each kind of error has."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from service.core import errors
+from service.core.errors import AppError, InvalidInput
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 2
+log = logging.getLogger("tuneproof.api")
+
+STATUS: dict[type[AppError], int] = {
+    errors.InvalidInput: 422,
+    errors.InvalidData: 422,
+    errors.InvalidEncoding: 422,
+    errors.MalformedRows: 422,
+    errors.DuplicateColumns: 422,
+    errors.ColumnNotFound: 422,
+    errors.NoRows: 422,
+    errors.InvalidLabels: 422,
+    errors.TooFewLabels: 422,
+    errors.TooManyLabels: 422,
+    errors.RareLabels: 422,
+    errors.InvalidSplit: 422,
+    errors.UnknownBaseModel: 422,
+    errors.UnsupportedMedia: 415,
+    errors.TooLarge: 413,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.LeaseLost: 409,
+    errors.QueueFull: 429,
+    errors.EngineUnavailable: 503,
+    errors.BaseLoading: 503,
+    errors.BaseNotServed: 503,
+    errors.ModelUnavailable: 503,
+    errors.OutOfMemory: 503,
+    errors.RoundTripFailed: 500,
+    errors.DeadlinePassed: 504,
+    errors.LowDisk: 507,
+}
+_SLUGS = {
+    400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type",
+    416: "range_not_satisfiable", 500: "internal",
+}  # fmt: skip
+
+
+def problem(
+    request: Request, status: int, code: str, detail: str, entries: Sequence[Mapping[str, Any]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:  # fmt: skip
+    """One error answer; 401, 429 and 503 get the header that says what to do next."""
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {
+        "type": f"urn:tuneproof:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": _clean(detail),
+        "code": code,
+        "errors": [_clean_entry(entry) for entry in entries],
+        "request_id": request.scope.get("state", {}).get("request_id", ""),
+    }
+    return JSONResponse(body, status, headers, MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the application a problem."""
+
+    @app.exception_handler(AppError)
+    async def app_error(request: Request, error: AppError) -> JSONResponse:
+        detail = f"{error.detail} {error.hint}" if error.hint else error.detail
+        return problem(request, STATUS[type(error)], error.code, detail, error.errors)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = invalid(error.errors())
+        return problem(request, 422, found.code, found.detail, found.errors)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        status, detail = error.status_code, str(error.detail)
+        if status == 404:
+            detail = "Nothing is at this path. The routes are listed at /docs."
+        elif status == 405:
+            detail = f"{request.method} is not offered at this path. The routes are listed at /docs."
+        elif status == 413:
+            detail = "The body is larger than this service takes; see TUNEPROOF_MAX_UPLOAD_BYTES."
+        elif status == 400:  # what Starlette says of a multipart body it cannot read
+            return problem(request, 422, InvalidInput.code, f"The body cannot be read: {detail}")
+        return problem(request, status, _SLUGS.get(status, "error"), detail, headers=error.headers)
+
+
+def invalid(found: Sequence[Any]) -> InvalidInput:
+    """Pydantic's findings as one error. What was sent is not repeated: it may be a text."""
+    entries = []
+    for item in found:
+        # A union's branches are named in the location; they mean nothing to a caller.
+        loc = [part for part in item["loc"] if not (isinstance(part, str) and _names_a_branch(part))]
+        entries.append({"loc": loc, "message": item["msg"].removeprefix("Value error, ")})
+    fields = sorted({".".join(str(part) for part in entry["loc"]) for entry in entries if entry["loc"]})
+    where = f" in {', '.join(fields[:5])}" if fields else ""
+    first = entries[0]["message"] if entries else "the request does not fit the schema"
+    return InvalidInput(
+        f"The request is not valid{where}: {first}. See `errors`, and /docs for what is expected.", errors=entries
+    )
+
+
+def from_pydantic(error: ValidationError) -> InvalidInput:
+    return invalid(error.errors(include_input=False, include_url=False, include_context=False))
+
+
+def _names_a_branch(part: str) -> bool:
+    return part in {"int", "float", "bool", "str"} or part.startswith(("literal[", "constrained-", "function-"))
+
+
+def _clean_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _clean(value) if isinstance(value, str) else _clean_list(value) for key, value in entry.items()}
+
+
+def _clean_list(value: Any) -> Any:
+    return [_clean(part) if isinstance(part, str) else part for part in value] if isinstance(value, list) else value
+
+
+def _clean(text: str) -> str:
+    """A lone surrogate cannot be written as UTF-8; it must not turn an error into a crash."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,226 @@
+"""What goes in and out, as the contract has it."""
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """A piece of a list."""
+
+    data: list[Item]
+    has_more: bool
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    errors: list[dict[str, Any]]
+    request_id: str
+
+
+class DatasetForm(BaseModel):
+    """The form fields of an upload, all optional."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=200)] | None = None
+    text_column: Annotated[str, Field(max_length=1000)] | None = None
+    label_column: Annotated[str, Field(max_length=1000)] | None = None
+    split_column: Annotated[str, Field(max_length=1000)] | None = None
+    delimiter: Annotated[str, Field(max_length=10)] | None = None
+    has_header: bool | None = None
+    encoding: Annotated[str, Field(max_length=100)] | None = None
+    labelled: bool = True
+    rare_labels: Literal["refuse", "drop"] = "refuse"
+
+
+class LabelCountOut(BaseModel):
+    label: str
+    count: int
+
+
+class TextLengthOut(BaseModel):
+    p50_chars: int
+    p95_chars: int
+    max_chars: int
+
+
+class WarningOut(BaseModel):
+    code: str
+    message: str
+    count: int
+    rows: list[int]
+
+
+class DatasetOut(BaseModel):
+    id: str
+    name: str
+    created_at: datetime
+    sha256: str
+    size_bytes: int
+    n_rows: int
+    n_usable_rows: int
+    text_column: str
+    label_column: str | None
+    split_column: str | None
+    delimiter: str
+    has_header: bool
+    encoding: str
+    inferred: list[str]
+    labels: list[LabelCountOut]
+    text_length: TextLengthOut
+    warnings: list[WarningOut]
+
+
+class RowOut(BaseModel):
+    row_id: int
+    text: str
+    label: str | None
+
+
+class ProgressOut(BaseModel):
+    fraction: float
+    message: str
+    eta_seconds: float | None
+
+
+class ArtifactOut(BaseModel):
+    name: str
+    size_bytes: int
+    sha256: str
+    url: str
+
+
+class JobOut(BaseModel):
+    id: str
+    kind: str
+    name: str
+    status: Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+    terminal: bool
+    stage: Literal["prepare", "baseline", "train", "evaluate", "publish"] | None
+    progress: ProgressOut
+    attempt: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    dataset_id: str
+    model_id: str | None
+    spec: dict[str, Any]
+    error: dict[str, Any] | None
+    metadata: dict[str, str]
+    summary: dict[str, Any] | None
+    artifacts: list[ArtifactOut]
+
+
+class EventOut(BaseModel):
+    id: int
+    job_id: str
+    created_at: datetime
+    level: Literal["info", "warning", "error"]
+    type: Literal["status", "progress", "metric", "message"]
+    message: str
+    data: dict[str, Any]
+
+
+class ModelOut(BaseModel):
+    id: str
+    name: str
+    version: int
+    method: str
+    job_id: str
+    base_model: str
+    base_revision: str
+    labels: list[str]
+    created_at: datetime
+    aliases: list[str]
+    metrics: dict[str, float]
+    size_bytes: int
+
+
+class AliasIn(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model_id: Annotated[str, StringConstraints(max_length=64)]
+
+
+class AliasMoveOut(BaseModel):
+    model_id: str
+    created_at: datetime
+
+
+class AliasOut(BaseModel):
+    alias: str
+    model_id: str
+    updated_at: datetime
+
+
+class AliasWithHistoryOut(AliasOut):
+    history: list[AliasMoveOut]
+
+
+class PredictIn(BaseModel):
+    """`text` may stand in place of `texts`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: Annotated[str, Field(min_length=1, max_length=64, description="A model's id, or an alias.")]
+    texts: list[str] | None = None
+    text: str | None = None
+    top_k: Annotated[int, Field(ge=1, le=1_000_000)] = 3
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _one_way_to_give_texts(self) -> "PredictIn":
+        if (self.texts is None) == (self.text is None):
+            raise ValueError("give either `texts`, a list, or `text`, one string")
+        return self
+
+    @field_validator("texts")
+    @classmethod
+    def _not_empty(cls, texts: list[str] | None) -> list[str] | None:
+        if texts is not None and not texts:
+            raise ValueError("give at least one text")
+        return texts
+
+    @property
+    def all_texts(self) -> list[str]:
+        return self.texts if self.texts is not None else [self.text or ""]
+
+
+class PredictionOut(BaseModel):
+    label: str | None
+    confidence: float
+    probabilities: dict[str, float]
+    abstained: bool
+    truncated: bool
+
+
+class UsageOut(BaseModel):
+    texts: int
+    tokens: int
+
+
+class PredictOut(BaseModel):
+    model_id: str
+    predictions: list[PredictionOut]
+    usage: UsageOut
+
+
+class HealthOut(BaseModel):
+    status: Literal["ok"]
+
+
+class ReadyOut(BaseModel):
+    """`checks` is shown to callers with a key."""
+
+    status: Literal["ready", "not_ready"]
+    checks: dict[str, Any] | None = None

@@ -1,0 +1,183 @@
+"""The only wiring: settings in, application out."""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from pydantic.json_schema import models_json_schema
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api import datasets, jobs, models, operations, predict, problems
+from service.api.context import Context, authorize
+from service.api.schemas import AliasIn, DatasetForm, PredictIn, Problem
+from service.core.clock import Clock, utc_now
+from service.core.ids import new_token
+from service.core.settings import Settings
+from service.core.spec import JobSpec
+from service.db import catalog
+from service.db import jobs as job_queue
+from service.db.engine import Database, migrate
+from service.db.models import Model
+from service.inference.handle import EngineHandle
+from service.inference.wire import ServedModel
+from service.ml.base_models import EMBEDDED, find_base
+from service.storage import Storage
+
+_FORM_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SECONDS_BETWEEN_ROUNDS = 5.0
+_WARM_MODELS = 20
+log = logging.getLogger("tuneproof.api")
+
+
+def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> FastAPI:
+    """The application. Its lifespan migrates the database and runs the engine process and the housekeeping."""
+    settings = settings or Settings()
+    (settings.data_dir / "tmp").mkdir(parents=True, exist_ok=True)
+    db, storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
+    context = Context(settings, db, storage, EngineHandle(settings), clock)
+    app = FastAPI(
+        title="tuneproof", lifespan=_lifespan, dependencies=[Depends(authorize)],
+        max_body_size=settings.max_upload_bytes + _FORM_BYTES,
+        responses={"4XX": {"model": Problem, "content": {problems.MEDIA_TYPE: {}}}},
+        description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
+    )  # fmt: skip
+    app.state.context, app.state.meters = context, Meters()
+    for room in (datasets, jobs, models, predict, operations):
+        app.include_router(room.router)
+    problems.install(app)
+    app.add_middleware(Envelope, meters=app.state.meters)
+    document = app.openapi
+    app.openapi = lambda: _with_bodies(document())  # type: ignore[method-assign]
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    context: Context = app.state.context
+    await run_in_threadpool(migrate, context.settings.resolved_database_url)
+    await run_in_threadpool(_bootstrap, context)
+    warm = await run_in_threadpool(_models_to_warm, context)
+    tasks = [asyncio.create_task(context.engine.run(warm)), asyncio.create_task(_housekeeping(context))]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await context.engine.stop()
+    context.db.close()
+
+
+def _bootstrap(context: Context) -> None:
+    """Stores the first key that a container was given, where there is none."""
+    secret = context.settings.bootstrap_key
+    if secret is not None and secret.get_secret_value() and not context.keys_exist():
+        with context.db.write() as session:
+            catalog.create_key(session, "bootstrap", "admin", context.clock(), secret=secret.get_secret_value())
+
+
+def _models_to_warm(context: Context) -> list[ServedModel]:
+    """The bases of the newest models, or the embedded one: loaded before the first call asks for them."""
+    with context.db.read() as session:
+        newest, _more = catalog.newest(session, Model, _WARM_MODELS, None)
+    bases = dict.fromkeys((model.base_model, model.base_revision) for model in newest)
+    if not bases:
+        bases = {(EMBEDDED, find_base(EMBEDDED, None).revision): None}
+    return [ServedModel("", name, revision, "", ()) for name, revision in bases]
+
+
+async def _housekeeping(context: Context) -> None:
+    """Takes jobs from lost workers and deletes bytes whose grace time is over."""
+    while True:
+        try:
+            await run_in_threadpool(_round, context)
+        except Exception:
+            log.exception("housekeeping failed; it is tried again")
+        await asyncio.sleep(_SECONDS_BETWEEN_ROUNDS)
+
+
+def _round(context: Context) -> None:
+    now, settings = context.clock(), context.settings
+    grace = timedelta(seconds=settings.delete_grace_seconds)
+    job_queue.reap(context.db, now, settings.max_attempts, grace)
+    for garbage_id, prefix in job_queue.due_garbage(context.db, now):
+        context.storage.delete(prefix)
+        job_queue.collected(context.db, garbage_id)
+
+
+class Meters:
+    """What Prometheus sees. Labels are routes and statuses, never anything a user wrote."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        labels = ("method", "route", "status")
+        self.requests = Counter("tuneproof_requests", "Requests answered.", labels, registry=self.registry)
+        self.seconds = Histogram("tuneproof_request_seconds", "Time to answer.", ("route",), registry=self.registry)
+        self.jobs = Gauge("tuneproof_jobs", "Jobs by status.", ("status",), registry=self.registry)
+        self.engine_up = Gauge("tuneproof_engine_up", "Whether the engine process runs.", registry=self.registry)
+
+
+class Envelope:
+    """Around every request: its id, its figures, and a plain 500 where something broke."""
+
+    def __init__(self, app: ASGIApp, meters: Meters) -> None:
+        self.app, self.meters = app, meters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{new_token()}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, start = 0, time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if status:
+                raise
+            answer = problems.problem(
+                Request(scope), 500, "internal", "Something broke on our side; the log names it by this request's id."
+            )
+            await answer(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self.meters.requests.labels(scope["method"], route, str(status)).inc()
+            self.meters.seconds.labels(route).observe(time.perf_counter() - start)
+
+
+def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:
+    """Adds the schemas of bodies that routes read themselves."""
+    schemas = document["components"]["schemas"]
+    if "JobUpload" not in schemas:
+        bodies = [
+            (JobSpec, "validation"),
+            (PredictIn, "validation"),
+            (AliasIn, "validation"),
+            (DatasetForm, "validation"),
+        ]
+        _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+        schemas.update(found["$defs"])
+        form = schemas["DatasetForm"]
+        file = {"file": {"type": "string", "format": "binary", "description": "CSV or TSV."}}
+        spec = {"spec": {"type": "string", "description": "A JobSpec, as JSON text.", "default": "{}"}}
+        upload = {"type": "object", "required": ["file"], "additionalProperties": False}
+        schemas["DatasetUpload"] = upload | {"properties": file | form["properties"]}
+        schemas["JobUpload"] = upload | {"properties": file | spec | form["properties"]}
+    return document

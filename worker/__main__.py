@@ -1,0 +1,27 @@
+"""`python -P -m worker`: one worker, until SIGTERM or Ctrl-C."""
+
+import logging
+import signal
+import sys
+
+from service.core.settings import Settings
+from service.db.engine import migrate
+from worker.supervisor import Supervisor
+
+
+def main() -> int:
+    settings = Settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    migrate(settings.resolved_database_url)
+    supervisor = Supervisor(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: supervisor.stop.set())
+    supervisor.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

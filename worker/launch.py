@@ -1,0 +1,83 @@
+"""Where a job's child runs: here, a process on this machine. Another launcher could start it elsewhere."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Child(Protocol):
+    """One attempt at a job, under way."""
+
+    def messages(self, wait_seconds: float) -> Iterator[dict[str, Any]]:
+        """What it has said since the last call; waits up to `wait_seconds` for something."""
+
+    def ended(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM: it leaves its work where the last checkpoint stands."""
+
+    def kill(self) -> None:
+        """SIGKILL, to it and whatever it has started."""
+
+
+class Launcher(Protocol):
+    """Starts a child on a folder that `worker.run` understands."""
+
+    def __call__(self, folder: Path) -> Child: ...
+
+
+class LocalChild:
+    """`python -P -m worker.run FOLDER` in a session of its own; ends when this process does, however that is."""
+
+    def __init__(self, folder: Path) -> None:
+        with (folder / "log.txt").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "worker.run", str(folder), "--supervised"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        self._said: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def messages(self, wait_seconds: float) -> Iterator[dict[str, Any]]:
+        with contextlib.suppress(queue.Empty):
+            yield self._said.get(timeout=wait_seconds)
+            while True:
+                yield self._said.get_nowait()
+
+    def ended(self) -> int | None:
+        # Not before everything it said has been read.
+        return None if self._reader.is_alive() else self._process.wait()
+
+    def ask_to_stop(self) -> None:
+        self._signal(signal.SIGTERM, group=False)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL, group=True)
+
+    def _signal(self, number: int, *, group: bool) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if group:
+                os.killpg(self._process.pid, number)
+            else:
+                self._process.send_signal(number)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # it was started with a pipe
+        for line in self._process.stdout:
+            # A killed child may leave half a line.
+            with contextlib.suppress(ValueError):
+                self._said.put(json.loads(line))

@@ -1,0 +1,289 @@
+"""Claims jobs, keeps their leases, starts and stops their children, publishes what they leave. Never touches a GPU."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from service.core.clock import Clock, utc_now
+from service.core.errors import LeaseLost
+from service.core.ids import new_id
+from service.core.settings import Settings
+from service.db import catalog, jobs
+from service.db.engine import Database
+from service.db.jobs import Claimed, Lease, NewArtifact, NewModel, Progress
+from service.db.models import Dataset
+from service.storage import Storage
+from worker.launch import Child, Launcher, LocalChild
+
+TEXT_ARTIFACTS = frozenset({"predictions.csv", "report.html", "prompt.json"})
+"""What is deleted with the dataset whose texts it holds."""
+
+_LOOK_SECONDS = 0.2
+_STATUS_SECONDS = 1.0
+_GRACE_SECONDS = 3.5  # from asking a child to stop to killing it: a cancel is to take under five
+log = logging.getLogger("tuneproof.worker")
+
+
+@dataclass
+class Outcome:
+    """What a child had to say at its end: a result, an error, or nothing."""
+
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+
+class Supervisor:
+    """One worker process: a job at a time, each attempt in a child."""
+
+    def __init__(self, settings: Settings, launcher: Launcher = LocalChild, clock: Clock = utc_now) -> None:
+        self.settings, self.launcher, self.clock = settings, launcher, clock
+        self.id = new_id("wrk")
+        self.db, self.storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
+        self.grace = timedelta(seconds=settings.delete_grace_seconds)
+        self.stop = threading.Event()
+        self._started = clock()
+        self._seen = float("-inf")
+
+    def run(self) -> None:
+        """Works until `stop` is set; then the job at hand is given back."""
+        with _own_folder(self.settings.data_dir.absolute() / "work", self.id) as folder:
+            while not self.stop.is_set():
+                try:
+                    worked = self.work_once(folder)
+                except Exception:
+                    # The database or the storage is away: the lease runs out and the job is taken up again.
+                    log.exception("the worker stumbled; it goes on in a moment")
+                    worked = False
+                if not worked:
+                    self.stop.wait(self.settings.poll_seconds)
+
+    def work_once(self, folder: Path) -> bool:
+        """Takes one job and sees it through. False where none was waiting."""
+        self.show_life()
+        jobs.reap(self.db, self.clock(), self.settings.max_attempts, self.grace)
+        claimed = jobs.claim(self.db, self.id, self.clock(), self.settings.lease_seconds)
+        if claimed is None:
+            return False
+        place = folder / f"{claimed.lease.job_id}-{claimed.lease.attempt}"
+        log.info("%s: attempt %d", claimed.lease.job_id, claimed.lease.attempt)
+        try:
+            Attempt(self, claimed, place).run()
+        except LeaseLost:
+            log.warning("%s: lost the lease of attempt %d", claimed.lease.job_id, claimed.lease.attempt)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+        return True
+
+    def show_life(self) -> None:
+        """Says, now and then, that this worker is there."""
+        if time.monotonic() - self._seen > 10:
+            self._seen = time.monotonic()
+            catalog.saw_worker(self.db, self.id, self._started, self.clock())
+
+
+class Attempt:
+    """One attempt at one job. Every method that writes raises LeaseLost once another worker has the job."""
+
+    def __init__(self, supervisor: Supervisor, claimed: Claimed, place: Path) -> None:
+        self.supervisor, self.claimed, self.place = supervisor, claimed, place
+        self.db, self.storage, self.settings = supervisor.db, supervisor.storage, supervisor.settings
+        self.lease: Lease = claimed.lease
+        self._renewed = self._looked = time.monotonic()
+        self._cancelling = False
+        self._stop_asked: float | None = None
+
+    def run(self) -> None:
+        """From the staged folder to the published result, or whatever end it takes."""
+        self._stage()
+        child = self.supervisor.launcher(self.place)
+        try:
+            outcome = self._follow(child)
+        finally:
+            child.kill()
+        self._finish(child, outcome)
+
+    def _stage(self) -> None:
+        """Fetches the dataset and the last checkpoint into the child's folder."""
+        with self.db.read() as session:
+            dataset = session.get(Dataset, self.claimed.dataset_id)
+        if dataset is None:  # not possible while the job is open; a restored backup may do it
+            self._fail({"code": "invalid_data", "message": "The job's dataset is gone.", "hint": "Upload it again."})
+            raise LeaseLost("the job has ended")
+        self.place.mkdir(parents=True)
+        self.storage.fetch(dataset.storage_key, self.place / "dataset")
+        if self.claimed.checkpoint_prefix is not None:
+            name = self.claimed.checkpoint_prefix.rpartition("/")[2]
+            self.storage.fetch_folder(self.claimed.checkpoint_prefix, self.place / "checkpoints" / name)
+        profile = dataset.profile
+        known = {"id": dataset.id, "name": dataset.name, "sha256": dataset.sha256, "n_rows": profile["n_rows"]}
+        models_dir = self.settings.models_dir
+        job = {
+            "job_id": self.lease.job_id,
+            "spec": self.claimed.spec,
+            "table": profile["format"],
+            "dataset": known | {"warnings": profile["warnings"]},
+            "models_dir": str(models_dir.absolute()) if models_dir else None,
+        }
+        (self.place / "job.json").write_text(json.dumps(job), encoding="utf-8")
+
+    def _follow(self, child: Child) -> Outcome:
+        """Passes on what the child says, keeps the lease, stops the child where it must, until it has ended."""
+        outcome = Outcome()
+        while True:
+            ended = child.ended() is not None  # asked first: what it said before its end is still to be heard
+            for message in child.messages(0 if ended else _LOOK_SECONDS):
+                self._heard(message, outcome)
+            if ended:
+                return outcome
+            self._keep_lease()
+            self._stop_where_due(child)
+
+    def _heard(self, message: dict[str, Any], outcome: Outcome) -> None:
+        kind = message.pop("type")
+        if kind == "progress":
+            self._report(progress=Progress(**message))
+        elif kind == "event":
+            self._report(events=[(message["level"], message["kind"], message["message"], message["data"])])
+        elif kind == "spec":
+            given = {key: value for key, value in message["spec"].items() if key in self.claimed.spec}
+            self._report(spec=given)
+        elif kind == "checkpoint":
+            self._keep_checkpoint(Path(message["folder"]))
+        elif kind == "result":
+            outcome.result = message
+        elif kind == "error":
+            outcome.error = message
+
+    def _keep_checkpoint(self, folder: Path) -> None:
+        prefix = f"jobs/{self.lease.job_id}/checkpoints/{self.lease.attempt}-{self.lease.token}/{folder.name}"
+        # A child that is ahead may have removed it by now; the next one is on its way.
+        with contextlib.suppress(FileNotFoundError):
+            self.storage.put_folder(folder, prefix)
+            jobs.keep_checkpoint(self.db, self.lease, prefix, self._now(), self.supervisor.grace)
+
+    def _keep_lease(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < min(_STATUS_SECONDS, self.settings.lease_seconds / 3):
+            return
+        self._looked = now
+        self.supervisor.show_life()
+        if now - self._renewed > self.settings.lease_seconds / 3:
+            self._renewed = now
+            status = jobs.renew(self.db, self.lease, self._now(), self.settings.lease_seconds)
+        else:
+            status = jobs.status_under(self.db, self.lease)
+        self._cancelling = status == "cancelling"
+
+    def _stop_where_due(self, child: Child) -> None:
+        if not self._cancelling and not self.supervisor.stop.is_set():
+            return
+        if self._stop_asked is None:
+            self._stop_asked = time.monotonic()
+            child.ask_to_stop()
+        elif time.monotonic() - self._stop_asked > _GRACE_SECONDS:
+            child.kill()
+
+    def _finish(self, child: Child, outcome: Outcome) -> None:
+        status = child.ended()
+        if self._cancelling:
+            jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
+        elif outcome.result is not None:
+            self._publish(outcome.result)
+        elif outcome.error is not None:
+            self._fail(outcome.error)
+        elif self.supervisor.stop.is_set():
+            jobs.give_back(self.db, self.lease, self._now(), self.supervisor.grace)
+        elif status is not None and status < 0:
+            reason = f"its process was ended by signal {-status}"
+            jobs.lose(
+                self.db, self.lease, reason, self.settings.max_attempts, self._now(), self.supervisor.grace
+            )  # fmt: skip
+        else:
+            log.error("%s failed:\n%s", self.lease.job_id, _last_frames(self.place / "log.txt"))
+            self._fail(
+                {"code": "internal", "message": "The job's process failed.", "hint": "The worker's log says where."}
+            )
+
+    def _publish(self, result: dict[str, Any]) -> None:
+        """Bytes first, then the one transaction that makes them visible; a cancel that came first wins."""
+        self._report(progress=Progress("publish", 0.98, "publishing", 1.0))
+        summary, prefixes = result["summary"], [self.lease.prefix]
+        try:
+            artifacts = [
+                NewArtifact(name, stored.size_bytes, stored.sha256, stored.key, name in TEXT_ARTIFACTS)
+                for name, stored in self._put_all(self.place / "out", self.lease.prefix)
+            ]
+            models = []
+            for made in result["models"]:
+                model = self._put_model(self.place / made["folder"], made["method"], summary)
+                models.append(model)
+                prefixes.append(model.storage_prefix)
+            jobs.publish(self.db, self.lease, artifacts, models, summary, self._now(), self.supervisor.grace)
+        except LeaseLost:
+            for prefix in prefixes:
+                self.storage.delete(prefix)
+            jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
+
+    def _put_model(self, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:
+        model_id = new_id("mdl")
+        prefix = f"models/{model_id}"
+        stored = self._put_all(folder, prefix)
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        figures = summary["methods"][method]
+        figures["model_id"] = model_id
+        return NewModel(
+            id=model_id, method=method, base_model=manifest["base_model"], base_revision=manifest["base_revision"],
+            labels=manifest["labels"], metrics={key: figures[key] for key in ("accuracy", "macro_f1")},
+            size_bytes=sum(file.size_bytes for _name, file in stored), storage_prefix=prefix,
+            files=[name for name, _file in stored],
+        )  # fmt: skip
+
+    def _put_all(self, folder: Path, prefix: str) -> list[tuple[str, Any]]:
+        """Stores every file of a folder, keeping the lease meanwhile."""
+        stored = []
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = file.relative_to(folder).as_posix()
+            with file.open("rb") as stream:
+                stored.append((name, self.storage.put(stream, f"{prefix}/{name}")))
+            self._keep_lease()
+        return stored
+
+    def _report(self, **what: Any) -> None:
+        jobs.report(self.db, self.lease, self._now(), **what)
+
+    def _fail(self, error: dict[str, Any]) -> None:
+        jobs.fail(self.db, self.lease, error, self._now(), self.supervisor.grace)
+
+    def _now(self) -> Any:
+        return self.supervisor.clock()
+
+
+@contextlib.contextmanager
+def _own_folder(root: Path, name: str) -> Any:
+    """A folder for this worker's scratch; those of workers that have died are removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    for other in root.iterdir():
+        with contextlib.suppress(OSError), (other / "lock").open("r") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other, ignore_errors=True)
+    own = root / name
+    own.mkdir()
+    with (own / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield own
+    shutil.rmtree(own, ignore_errors=True)
+
+
+def _last_frames(log_file: Path, lines: int = 12) -> str:
+    """Where a child broke: the files and lines of its traceback, without the message, which may quote a text."""
+    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
+    frames = [line for line in text.splitlines() if line.startswith("  File ")]
+    return "\n".join(frames[-lines:]) or "(it left no traceback)"
