@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu check bench lock
+.PHONY: help setup demo run test test-more test-gpu acceptance check bench lock
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,13 +22,16 @@ run: setup ## Start the API and one worker on what is in ./data
 	@$(BIN)/tuneproof up
 
 test: setup ## The tests, in under five minutes on two cores
-	$(BIN)/pytest -m "not more and not gpu"
+	$(BIN)/pytest -m "not more and not gpu and not acceptance"
 
 test-more: setup ## What is heavier, or needs servers or browsers
 	$(BIN)/pytest -m more
 
 test-gpu: setup ## What needs a CUDA GPU
 	$(BIN)/pytest -m gpu
+
+acceptance: setup ## The whole way on the real data sets, some twenty minutes; not part of the other targets
+	$(BIN)/pytest -m acceptance -s
 
 check: setup ## Style, types, imports, migrations in step with the models, lines by room
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import tempfile
 from datetime import timedelta
 
 from service.core.clock import utc_now
@@ -38,7 +39,8 @@ def serve(given: argparse.Namespace) -> int:
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     migrate(settings.resolved_database_url)
-    if settings.listens_beyond_loopback and settings.bootstrap_key is None:
+    given_key = settings.bootstrap_key.get_secret_value().strip() if settings.bootstrap_key else ""
+    if settings.listens_beyond_loopback and not given_key:
         db = Database(settings.resolved_database_url)
         open_to_all = not catalog.any_key_ever(db)
         db.close()
@@ -60,13 +62,14 @@ def migrate_database(given: argparse.Namespace) -> int:
     from alembic.util import CommandError
 
     if given.check:
-        url = "sqlite://" if given.url is None else given.url
-        try:
-            migrate(url)
-            command.check(alembic_config(url))
-        except CommandError as error:
-            print(error, file=sys.stderr)  # noqa: T201
-            return 1
+        with tempfile.TemporaryDirectory() as folder:
+            url = given.url or f"sqlite:///{folder}/empty.db"
+            try:
+                migrate(url)
+                command.check(alembic_config(url))
+            except CommandError as error:
+                print(error, file=sys.stderr)  # noqa: T201
+                return 1
         return 0
     migrate(Settings().resolved_database_url)
     return 0

@@ -77,10 +77,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _bootstrap(context: Context) -> None:
     """Stores the first key that a container was given, where there is none."""
-    secret = context.settings.bootstrap_key
-    if secret is not None and secret.get_secret_value() and not context.keys_exist():
+    given = context.settings.bootstrap_key
+    secret = given.get_secret_value().strip() if given is not None else ""
+    if secret and not context.keys_exist():
         with context.db.write() as session:
-            catalog.create_key(session, "bootstrap", "admin", context.clock(), secret=secret.get_secret_value())
+            catalog.create_key(session, "bootstrap", "admin", context.clock(), secret=secret)
 
 
 def _models_to_warm(context: Context) -> list[ServedModel]:

@@ -113,8 +113,8 @@ def _find_prompt_model(
     except ModelUnavailable:
         say(
             "No generative model is at hand, so zero_shot is the similarity of text and label name. To prompt a model, "
-            f"name one in baseline.prompt_model: {PROMPT_DEFAULT!r} is fetched where a hub can be reached, and a folder "
-            "in TUNEPROOF_MODELS_DIR needs no network.",
+            f"name one in baseline.prompt_model: {PROMPT_DEFAULT!r} is fetched where a hub can be reached, and a "
+            "folder in TUNEPROOF_MODELS_DIR needs no network.",
             "info",
         )
         return None

@@ -9,7 +9,6 @@ from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
@@ -131,10 +130,6 @@ def store(ctx: Context, upload: UploadFile, fields: dict[str, str]) -> Dataset:
     with ctx.db.write() as session:
         session.add(dataset)
     return dataset
-
-
-def lock(session: Session, dataset_id: str) -> Dataset:
-    return catalog.get_dataset(session, dataset_id)
 
 
 def dataset_out(dataset: Dataset) -> DatasetOut:

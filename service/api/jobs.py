@@ -193,8 +193,8 @@ def _submit(ctx: Context, spec: JobSpec) -> JobOut:
         dataset = catalog.get_dataset(session, spec.dataset_id)
         if dataset.profile["format"]["label_column"] is None or not dataset.profile["labels"]:
             raise InvalidData(
-                f"A job of kind '{spec.kind}' needs labels, and this dataset was uploaded without. Upload it again with "
-                "labelled=true."
+                f"A job of kind '{spec.kind}' needs labels, and this dataset was uploaded without. Upload it again "
+                "with labelled=true."
             )
         spec = spec.model_copy(update={"name": spec.name or dataset.name})
         job = jobs.submit(

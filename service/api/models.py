@@ -94,8 +94,8 @@ def put_alias(ctx: Ctx, alias: AliasName, body: Annotated[AliasIn, Depends(json_
 
 def _models_out(session: Session, models: list[Model]) -> list[ModelOut]:
     aliases = catalog.aliases_of(session, [model.id for model in models])
-    same = ("id", "name", "version", "method", "job_id", "base_model", "base_revision", "labels", "created_at", "metrics",
-            "size_bytes")  # fmt: skip
+    same = ("id", "name", "version", "method", "job_id", "base_model", "base_revision", "labels", "created_at",
+            "metrics", "size_bytes")  # fmt: skip
     return [ModelOut(**{key: getattr(model, key) for key in same}, aliases=aliases[model.id]) for model in models]
 
 

@@ -72,7 +72,7 @@ class Settings(BaseSettings):
         if self.predict_queue_chars < self.predict_max_chars:
             raise ValueError(
                 f"TUNEPROOF_PREDICT_QUEUE_CHARS ({self.predict_queue_chars}) is under TUNEPROOF_PREDICT_MAX_CHARS "
-                f"({self.predict_max_chars}): an allowed text could never be queued. Raise the first or lower the second."
+                f"({self.predict_max_chars}): an allowed text could never be queued. Raise the first."
             )
         return self
 

@@ -164,7 +164,8 @@ def keep_checkpoint(db: Database, lease: Lease, prefix: str, now: datetime, grac
     with db.write() as session:
         before = session.scalars(select(Job.checkpoint_prefix).where(Job.id == lease.job_id)).one_or_none()
         _held(session, lease, {"checkpoint_prefix": prefix})
-        _discard(session, before, now + grace)
+        if before != prefix:
+            _discard(session, before, now + grace)
 
 
 def publish(
@@ -206,16 +207,24 @@ def fail(db: Database, lease: Lease, error: dict[str, Any], now: datetime, grace
 def lose(db: Database, lease: Lease, reason: str, max_attempts: int, now: datetime, grace: timedelta) -> None:
     """An attempt died. The job is queued again, or ends as `worker_lost` after too many. Raises LeaseLost."""
     with db.write() as session:
-        job = session.get(Job, lease.job_id)
+        job = session.get(Job, lease.job_id, with_for_update=True)
         if job is None or (job.attempt, job.lease_token) != (lease.attempt, lease.token) or job.status not in HELD:
             raise _lost(lease)
         _lose(session, job, reason, max_attempts, now, grace)
 
 
 def give_back(db: Database, lease: Lease, now: datetime, grace: timedelta) -> None:
-    """A worker that is told to stop: the job is queued again and no failure is counted. Raises LeaseLost."""
+    """A worker that is told to stop: the job is queued again and no failure is counted. Raises LeaseLost.
+
+    One that was being cancelled ends cancelled: there is nothing left to stop.
+    """
     with db.write() as session:
-        _held(session, lease, _QUEUED | _NO_LEASE, statuses=("running",))
+        _held(session, lease, {})
+        status = session.scalars(select(Job.status).where(Job.id == lease.job_id)).one()
+        if status == "cancelling":
+            _end_cancelled(session, lease, now, grace)
+            return
+        _held(session, lease, _QUEUED | _NO_LEASE)
         _discard(session, lease.prefix, now + grace)
         add_event(session, lease.job_id, "status", "queued again: its worker was stopped", now)
 
@@ -223,9 +232,7 @@ def give_back(db: Database, lease: Lease, now: datetime, grace: timedelta) -> No
 def confirm_cancelled(db: Database, lease: Lease, now: datetime, grace: timedelta) -> None:
     """The attempt has stopped, as was asked. Raises LeaseLost."""
     with db.write() as session:
-        _held(session, lease, {"status": "cancelled", "finished_at": now, "eta_seconds": None} | _NO_LEASE)
-        _discard(session, lease.prefix, now + grace)
-        add_event(session, lease.job_id, "status", "cancelled", now)
+        _end_cancelled(session, lease, now, grace)
 
 
 def reap(db: Database, now: datetime, max_attempts: int, grace: timedelta) -> int:
@@ -342,6 +349,12 @@ def _held(session: Session, lease: Lease, values: dict[str, Any], statuses: Sequ
     assert isinstance(result, CursorResult)
     if result.rowcount != 1:
         raise _lost(lease)
+
+
+def _end_cancelled(session: Session, lease: Lease, now: datetime, grace: timedelta) -> None:
+    _held(session, lease, {"status": "cancelled", "finished_at": now, "eta_seconds": None} | _NO_LEASE)
+    _discard(session, lease.prefix, now + grace)
+    add_event(session, lease.job_id, "status", "cancelled", now)
 
 
 def _lost(lease: Lease) -> LeaseLost:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -132,6 +133,7 @@ class EngineHandle:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "service.inference.process", json.dumps(given),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # training on the same cores must not find them spinning
         )  # fmt: skip
         self._process = process
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018

@@ -148,9 +148,12 @@ def _from_hub(base: BaseModel, download: bool) -> Path:
     if not download:
         raise _unavailable(base)
     try:
-        return snapshot(local=False)
+        folder = snapshot(local=False)
     except Exception as error:
         raise _unavailable(base) from error
+    if not _is_whole(folder):  # offline, the hub's client gives what it has
+        raise _unavailable(base)
+    return folder
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """Artifacts on fsspec. A key is written once and never overwritten; nothing is visible before a row names it."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -33,24 +34,17 @@ class Storage:
         self._local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
     def put(self, source: IO[bytes], key: str) -> Stored:
-        """Copies a stream to a new key; when this returns, the bytes are on the disk or in the bucket, verified."""
+        """Copies a stream to a new key; when this returns, the bytes are on the disk or in the bucket, verified.
+
+        Where it fails, nothing is left.
+        """
         path = self._path(key)
-        if self._local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        digest, size = hashlib.sha256(), 0
-        with self._fs.open(path, "wb") as target:
-            while chunk := source.read(_CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-                target.write(chunk)
-            if self._local:
-                target.flush()
-                os.fsync(target.fileno())
-        if self._local:
-            _sync_folders(Path(path).parent, Path(self._root))
-        elif self._fs.info(path)["size"] != size:
-            raise OSError(f"{key} was not stored whole")
-        return Stored(key, size, digest.hexdigest())
+        try:
+            return self._write(source, path, key)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.delete(key)
+            raise
 
     def put_folder(self, folder: Path, prefix: str) -> list[Stored]:
         """Every file below `folder`, under `prefix` and its own relative name."""
@@ -93,17 +87,37 @@ class Storage:
     def delete(self, prefix: str) -> None:
         """Deletes a key or everything below it; what is not there is no error."""
         path = self._path(prefix)
-        if self._fs.exists(path):
+        with contextlib.suppress(FileNotFoundError):
             self._fs.rm(path, recursive=True)
 
     def probe(self) -> None:
         """Raises OSError where the storage cannot be reached."""
         if self._local:
             Path(self._root).mkdir(parents=True, exist_ok=True)
-        self._fs.ls(self._root)
+        # An object store knows no empty folder: one that answers so can be reached.
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.ls(self._root)
+
+    def _write(self, source: IO[bytes], path: str, key: str) -> Stored:
+        if self._local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        digest, size = hashlib.sha256(), 0
+        with self._fs.open(path, "wb") as target:
+            while chunk := source.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+                target.write(chunk)
+            if self._local:
+                target.flush()
+                os.fsync(target.fileno())
+        if self._local:
+            _sync_folders(Path(path).parent, Path(self._root))
+        elif self._fs.info(path)["size"] != size:
+            raise OSError(f"{key} was not stored whole")
+        return Stored(key, size, digest.hexdigest())
 
     def _path(self, key: str) -> str:
-        if not _KEY.fullmatch(key) or ".." in key.split("/"):
+        if not _KEY.fullmatch(key) or not {".", ".."}.isdisjoint(key.split("/")):
             raise ValueError("not a storage key")
         return f"{self._root}/{key}"
 

@@ -1,0 +1,386 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
+
+from service.core.spec import TrainSpec
+from service.ml.backbone import load_backbone
+from service.ml.base_models import find_base, locate
+from service.ml.encode import encode
+from service.ml.engine import Engine
+from service.ml.labels import LabelSet
+from tests.adapters import TARGETS, manifest, stock_logits
+from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, KEYWORDS, QWEN3, QWEN3_EOS, ROBERTA, labelled_texts
+from worker.methods.checkpoint import Checkpoint, latest
+from worker.methods.frozen import FrozenBase, fit_probe
+from worker.methods.lora import Lora, LoraRecipe, _with_lora, auto_epochs, auto_learning_rate, epoch_batches
+from worker.methods.protocol import Rows
+
+CPU = torch.device("cpu")
+MAX_LENGTH = 24
+RECIPE = LoraRecipe(
+    epochs=2, batch_size=16, learning_rate=1e-2, max_length=MAX_LENGTH, rank=4, alpha=8, dropout=0.05,
+    precision="fp32", gradient_checkpointing=False, balanced=False, patience=0, seed=7,
+)  # fmt: skip
+LABELS = LabelSet.of(KEYWORDS)
+TWO = LabelSet.of(("billing", "login"))
+
+
+def rows(n, seed, labels=LABELS):
+    texts, names = labelled_texts(n, seed, labels.names)
+    return Rows(tuple(texts), labels.ids(names), labels)
+
+
+TRAIN, VALIDATION = rows(96, 1), rows(40, 2)
+
+
+def recipe(**changes):
+    return LoraRecipe(**{**RECIPE.__dict__, **changes})
+
+
+def frozen(models_dir, name):
+    source = locate(find_base(name, models_dir))
+    return FrozenBase(Engine(load_backbone(source, device=CPU, dtype=torch.float32)), MAX_LENGTH)
+
+
+def fine_tune(base, tmp_path, train=TRAIN, validation=VALIDATION, on_checkpoint=lambda _path: None, **changes):
+    return Lora(base, recipe(**changes), tmp_path / "checkpoints", on_checkpoint).fit(train, validation)
+
+
+def trainable(trained):
+    return {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+
+
+def probe_logits(base, train, validation):
+    """By the head that scikit-learn fits, on the states the stock head sees."""
+    probe = fit_probe(base, train, validation, "head", intercept=base.engine.head_has_bias)
+    return base.states(validation.texts)["head"] @ probe.weight.T + probe.bias
+
+
+# What moves ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", [QWEN3, DISTILBERT])
+def test_lora_and_head_learn_and_the_base_does_not_move(name, checkpointing, tiny_models, tmp_path):
+    base = frozen(tiny_models, name)
+    start = Lora(base, RECIPE, tmp_path)
+    backbone = start._load(len(LABELS), fit_probe(base, TRAIN, VALIDATION, "head", intercept=base.engine.head_has_bias))
+    head_before = backbone.model.get_submodule(backbone.head_name).weight.clone()
+
+    trained = fine_tune(base, tmp_path, gradient_checkpointing=checkpointing)
+
+    weights = trainable(trained)
+    b_halves = {name: tensor for name, tensor in weights.items() if ".lora_B." in name}
+    assert len(b_halves) == 2 * 4  # layers x projections
+    assert all(tensor.abs().max() > 1e-4 for tensor in b_halves.values())  # B starts at zero
+    assert trained.state.best_epoch > 0
+    assert trained.state.gradient_checkpointing is checkpointing
+    heads = [tensor for name, tensor in weights.items() if tensor.shape == head_before.shape and ".lora_" not in name]
+    assert len(heads) == 1
+    assert (heads[0] - head_before).abs().max() > 1e-4
+    stock = AutoModelForSequenceClassification.from_pretrained(tiny_models / name, dtype=torch.float32).state_dict()
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
+        for name, tensor in trained.model.state_dict().items()
+        if "lora_" not in name and "classifier" not in name and "score" not in name
+    }
+    assert len(after) > 20
+    for key, tensor in after.items():
+        assert torch.equal(tensor, stock[key]), key
+
+
+@pytest.mark.parametrize("name", [QWEN3, BERT, DISTILBERT, ROBERTA])
+def test_gradient_checkpointing_gives_every_lora_pair_the_same_gradient(name, tiny_models, tmp_path):
+    base = frozen(tiny_models, name)
+    weights = {}
+    for checkpointing in (False, True):
+        folder = tmp_path / str(checkpointing)
+        weights[checkpointing] = trainable(fine_tune(base, folder, gradient_checkpointing=checkpointing, epochs=1))
+    for key, tensor in weights[False].items():
+        torch.testing.assert_close(weights[True][key], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_in_bf16_what_is_trained_stays_float32(name, tiny_models, tmp_path):
+    """Small updates are lost in bf16's eight bits."""
+    trained = fine_tune(frozen(tiny_models, name), tmp_path, precision="bf16", epochs=1)
+    assert {p.dtype for p in trained.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for n, p in trained.model.named_parameters() if n.endswith("base_layer.weight")} == {torch.bfloat16}
+    trained.save(tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_a_tokenizer_without_a_pad_token_trains_in_batches_above_one(tiny_models, tmp_path):
+    assert "pad_token" not in json.loads((tiny_models / QWEN3 / "tokenizer_config.json").read_text())
+    assert json.loads((tiny_models / QWEN3 / "config.json").read_text()).get("pad_token_id") is None
+    base = frozen(tiny_models, QWEN3)
+    trained = fine_tune(base, tmp_path, batch_size=16, epochs=4)
+    tokenizer, config = trained.backbone.tokenizer, trained.backbone.model.config
+    assert config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
+    accuracy = (trained.logits(VALIDATION.texts).argmax(1) == VALIDATION.label_ids).mean()
+    assert accuracy > 0.85
+
+
+# Step 0 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [LABELS, TWO], ids=["four labels", "two labels"])
+@pytest.mark.parametrize("name", [QWEN3, BERT, DISTILBERT])
+def test_the_head_starts_as_the_probe(name, labels, tiny_models, tmp_path):
+    base = frozen(tiny_models, name)
+    train, validation = rows(60, 1, labels), rows(30, 2, labels)
+    trained = fine_tune(base, tmp_path, train, validation, learning_rate=0.0, epochs=1)
+    expected = probe_logits(base, train, validation)
+    np.testing.assert_allclose(trained.logits(validation.texts), expected, atol=1e-3)
+    assert expected.shape == (30, len(labels))
+
+
+def test_for_two_labels_the_head_is_half_of_scikit_learns_one_row_either_way(tiny_models):
+    base = frozen(tiny_models, QWEN3)
+    train, validation = rows(60, 1, TWO), rows(30, 2, TWO)
+    probe = fit_probe(base, train, validation, "head", intercept=False)
+    np.testing.assert_allclose(probe.weight[0], -probe.weight[1])
+    np.testing.assert_array_equal(probe.bias, 0)
+    x = base.states(train.texts)["head"]
+    scale = 1 / np.sqrt((x.astype(np.float64) ** 2).sum(1).mean())
+    fits = [
+        LogisticRegression(C=c, max_iter=300, fit_intercept=False).fit(x * scale, train.label_ids)
+        for c in (30.0, 300.0)
+    ]
+    x_validation = base.states(validation.texts)["head"]
+    got = x_validation @ (probe.weight[1] - probe.weight[0])
+    assert any(np.allclose(got, fit.decision_function(x_validation * scale), atol=1e-3) for fit in fits)
+
+
+def test_steps_too_small_to_matter_leave_the_probes_answers(tiny_models, tmp_path):
+    base = frozen(tiny_models, QWEN3)
+    trained = fine_tune(base, tmp_path, learning_rate=1e-7)
+    expected = probe_logits(base, TRAIN, VALIDATION)
+    np.testing.assert_array_equal(trained.logits(VALIDATION.texts).argmax(1), expected.argmax(1))
+    np.testing.assert_allclose(trained.logits(VALIDATION.texts), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("rate", [10.0, 1e30])
+def test_steps_that_destroy_the_model_leave_it_as_it_was_before_the_first(rate, tiny_models, tmp_path):
+    base = frozen(tiny_models, BERT)
+    trained = fine_tune(base, tmp_path, learning_rate=rate)
+    assert trained.state.best_epoch == 0
+    assert trained.state.epoch == 2
+    np.testing.assert_allclose(trained.logits(VALIDATION.texts), probe_logits(base, TRAIN, VALIDATION), atol=1e-3)
+    assert trained.state.best_macro_f1 == trained.state.history[0]["validation_macro_f1"]
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tiny_models, tmp_path):
+    trained = fine_tune(frozen(tiny_models, BERT), tmp_path, learning_rate=10.0, epochs=6, patience=2)
+    assert trained.state.epoch == 2
+
+
+def test_the_best_epoch_is_the_one_with_the_highest_macro_f1_and_then_the_lowest_loss(tiny_models, tmp_path):
+    trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=4)
+    order = [(epoch["validation_macro_f1"], -epoch["validation_loss"]) for epoch in trained.state.history]
+    assert [epoch["epoch"] for epoch in trained.state.history] == [0, 1, 2, 3, 4]
+    assert trained.state.best_epoch == int(max(range(5), key=lambda i: order[i]))
+    assert trained.state.best_macro_f1 == max(order)[0]
+
+
+def test_labels_that_stand_in_no_train_row_and_balanced_weights_train_without_nan(tiny_models, tmp_path):
+    three = np.flatnonzero(TRAIN.label_ids != 2)
+    train = Rows(tuple(TRAIN.texts[i] for i in three), TRAIN.label_ids[three], LABELS)
+    trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, train, balanced=True)
+    logits = trained.logits(VALIDATION.texts)
+    assert logits.shape == (40, 4)
+    assert np.isfinite(logits).all()
+    assert np.isfinite([epoch["train_loss"] for epoch in trained.state.history[1:]]).all()
+
+
+# Stopped and resumed -------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(_path):
+    raise Killed
+
+
+@pytest.mark.parametrize("name", [QWEN3, DISTILBERT])
+def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(name, tiny_models, tmp_path):
+    in_one_go = fine_tune(frozen(tiny_models, name), tmp_path / "a", epochs=3)
+    for _ in range(2):  # killed after the first epoch, and again after the second
+        with pytest.raises(Killed):
+            fine_tune(frozen(tiny_models, name), tmp_path / "b", epochs=3, on_checkpoint=kill)
+    saved = []
+    resumed = fine_tune(frozen(tiny_models, name), tmp_path / "b", epochs=3, on_checkpoint=saved.append)
+    assert [path.name for path in saved] == ["epoch-3"]
+    for key, tensor in trainable(in_one_go).items():
+        torch.testing.assert_close(trainable(resumed)[key], tensor, atol=1e-6, rtol=1e-5)
+    assert [e["epoch"] for e in resumed.state.history] == [0, 1, 2, 3]
+    assert resumed.state.best_epoch == in_one_go.state.best_epoch
+    assert resumed.state.train_tokens == in_one_go.state.train_tokens
+
+
+def test_a_run_killed_after_its_last_epoch_has_nothing_left_to_train(tiny_models, tmp_path):
+    with pytest.raises(Killed):
+        fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1, on_checkpoint=kill)
+    whole = fine_tune(frozen(tiny_models, QWEN3), tmp_path / "other", epochs=1)
+    resumed = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1, on_checkpoint=kill)
+    np.testing.assert_allclose(resumed.logits(VALIDATION.texts), whole.logits(VALIDATION.texts), atol=1e-5)
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tiny_models, tmp_path):
+    one, again, other = (
+        fine_tune(frozen(tiny_models, QWEN3), tmp_path / str(i), seed=seed, epochs=1).logits(VALIDATION.texts)
+        for i, seed in enumerate((7, 7, 2**32 - 1))
+    )
+    np.testing.assert_allclose(one, again, atol=1e-5)
+    assert np.abs(one - other).max() > 1e-4
+
+
+def test_a_checkpoint_of_another_recipe_is_not_continued(tiny_models, tmp_path):
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
+    trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=2)
+    assert [e["epoch"] for e in trained.state.history] == [0, 1, 2]
+
+
+def test_a_checkpoint_half_written_when_the_machine_stopped_is_passed_over(tiny_models, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
+    shutil.copytree(checkpoints / "epoch-1", checkpoints / "epoch-2.partial")
+    assert latest(checkpoints) == checkpoints / "epoch-1"
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)  # resumes
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_starts_the_run_anew_instead_of_failing_every_attempt(file, tiny_models, tmp_path):
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
+    damaged = tmp_path / "checkpoints" / "epoch-1" / file
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
+    assert [e["epoch"] for e in trained.state.history] == [0, 1]
+
+
+def test_a_checkpoint_is_made_of_safetensors_and_json_alone(tiny_models, tmp_path):
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=2)
+    files = {str(f.relative_to(tmp_path / "checkpoints")) for f in (tmp_path / "checkpoints").rglob("*") if f.is_file()}
+    names = ("weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json")
+    assert files == {f"epoch-2/{name}" for name in names}
+    assert Checkpoint.load(tmp_path / "checkpoints" / "epoch-2").state.epoch == 2
+
+
+# What is saved -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [LABELS, TWO], ids=["four labels", "two labels"])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_the_saved_model_answers_the_same_when_stock_peft_loads_it(name, labels, tiny_models, tmp_path):
+    train, validation = rows(60, 1, labels), rows(30, 2, labels)
+    trained = fine_tune(frozen(tiny_models, name), tmp_path, train, validation, epochs=1)
+    folder = tmp_path / "adapter"
+    trained.save(folder)
+    texts = [*validation.texts, "", "late parcel " * 40]
+    stock = stock_logits(tiny_models / name, folder, texts, len(labels), MAX_LENGTH)
+    np.testing.assert_allclose(stock, trained.logits(texts), atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(stock.argmax(1), trained.logits(texts).argmax(1))
+
+
+def test_no_path_of_the_machine_is_written_into_the_adapter(tiny_models, tmp_path):
+    trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
+    folder = tmp_path / "adapter"
+    trained.save(folder)
+    manifest(4).write(folder)
+    for file in folder.rglob("*"):
+        for secret in (str(tiny_models), str(tmp_path)):
+            assert secret.encode() not in file.read_bytes(), file.name
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == QWEN3
+    assert config["revision"].startswith("sha256:")
+
+
+def test_the_facts_say_what_was_trained(tiny_models, tmp_path):
+    train = Rows((*TRAIN.texts[:-1], "late parcel " * 40), TRAIN.label_ids, LABELS)
+    trained = fine_tune(frozen(tiny_models, QWEN3_EOS), tmp_path, train)
+    facts = trained.facts()
+    assert facts["trainable_parameters"] == sum(tensor.numel() for tensor in trainable(trained).values())
+    assert facts["total_parameters"] == sum(p.numel() for p in trained.model.parameters())
+    assert facts["truncated_texts"] == 1
+    tokens = encode(trained.backbone.tokenizer, train.texts, MAX_LENGTH).lengths.sum()
+    assert trained.state.train_tokens == 2 * tokens
+    assert facts["tokens_per_second"] == pytest.approx(2 * tokens / facts["train_seconds"])
+    json.dumps(facts, allow_nan=False)
+
+
+def test_about_seven_in_a_thousand_weights_of_an_f2llm_train():
+    """On the meta device: shapes without memory. The head is not counted, its size is the labels'."""
+    config = Qwen3Config(
+        hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+        intermediate_size=3072, vocab_size=151_936, tie_word_embeddings=True, num_labels=77, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        backbone = _backbone_of(Qwen3ForSequenceClassification(config))
+    assert sorted(name.rpartition(".")[2] for name in backbone.attention_projections()) == sorted(TARGETS["qwen3"])
+    with torch.device("meta"):
+        model = _with_lora(backbone, recipe(rank=16, alpha=32))
+    lora = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name)
+    base = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "score" not in name)
+    assert lora == 28 * 16 * ((1024 + 2048) + 2 * (1024 + 1024) + (2048 + 1024))  # r (in + out) of q, k, v, o
+    assert 0.006 < lora / (base + lora) < 0.009
+
+
+def _backbone_of(model):
+    from service.ml.backbone import Backbone
+
+    model.requires_grad_(False)
+    return Backbone(model, None, True, "score", (), "last", None)
+
+
+def test_the_projections_are_those_of_the_architecture_at_hand(tiny_models):
+    for name, kind in ((QWEN3, "qwen3"), (BERT, "bert"), (DISTILBERT, "distilbert"), (ROBERTA, "roberta")):
+        backbone = frozen(tiny_models, name).engine.backbone
+        wanted = sorted(target.rpartition(".")[2] for target in TARGETS[kind])
+        assert sorted(target.rpartition(".")[2] for target in backbone.attention_projections()) == wanted
+
+
+# Small pieces --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 7, 16, 17, 600])
+def test_an_epoch_sees_every_row_once(n):
+    lengths = np.random.default_rng(0).integers(1, 50, n)
+    batches = list(epoch_batches(lengths, 16, np.random.default_rng(1)))
+    assert len(batches) == -(-n // 16)
+    assert max(len(batch) for batch in batches) <= 16
+    assert sorted(np.concatenate(batches).tolist()) == list(range(n))
+
+
+def test_length_sorted_batches_hold_little_padding():
+    lengths = np.random.default_rng(0).integers(1, 190, 2000)
+    padded = sum(len(b) * lengths[b].max() for b in epoch_batches(lengths, 16, np.random.default_rng(1)))
+    assert padded < 1.1 * lengths.sum()
+
+
+def test_the_recipe_is_the_notebooks_where_a_job_says_nothing():
+    spec = TrainSpec().model_copy(
+        update={"epochs": auto_epochs(8000), "batch_size": 32, "learning_rate": 2e-3, "precision": "fp32"}
+    )
+    found = LoraRecipe.of(spec, 42)
+    assert (found.rank, found.alpha, found.dropout, found.max_length, found.seed) == (16, 32, 0.05, 192, 42)
+    assert found.gradient_checkpointing is None
+
+
+@pytest.mark.parametrize("n", [1, 300, 8000, 49_999, 50_000, 1_000_000])
+def test_auto_epochs_stay_in_the_contracts_range(n):
+    assert 1 <= auto_epochs(n) <= 12
+    assert auto_epochs(n) >= auto_epochs(n + 1000)
+
+
+def test_auto_learning_rate_falls_with_width():
+    rates = [auto_learning_rate(width) for width in (64, 384, 1024, 2048, 8192)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] == 2e-3
