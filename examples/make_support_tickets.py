@@ -35,7 +35,7 @@ subscription / membership""",
     "date": "monday / 3 march / 14/05 / the 21st / easter / early june / the weekend / 30.09. / friday",
     "month": "january / march / may / august / october / november / july",
     "days": "three days / nine days / a week / two weeks / a month / 12 days / ages / five working days / ten days",
-    "err": "E-204 / 403 / 0x17 / 'unknown state' / 500 / TIMEOUT_9 / 'try later' / 1006",
+    "err": """E-204 / 403 / 0x17 / "unknown state" / 500 / TIMEOUT_9 / "try later" / 1006""",
     "gear": """an older tablet / linux / a 5 ghz network / my old dock / an old laptop / two phones / a screen reader /
 110 volts / a hearing aid""",
 }
@@ -46,7 +46,7 @@ STORY = {  # what happened
 courier [says|claims] delivered but [my porch is empty|nobody rang|there's no parcel] / the replacement {prod} never
 [came|arrived|showed up] / the [present|{prod}] did not arrive in time for [my son's birthday|the party|moving day] /
 the parcel [sits|has been] in customs since {date} / the driver left my package [at the wrong house|who knows where] /
-order {num} [says 'preparing'|hasn't shipped] for {days} / the box went to my old [flat|address]""",
+order {num} [says "preparing"|hasn't shipped] for {days} / the box went to my old [flat|address]""",
     "billing": """you [took|debited|charged] {amt} [twice|two times] / the payment failed but {amt} is gone / there's
 {amt} on my statement [from you|and i don't know why] / i got a [payment reminder|dunning letter] for an invoice i
 [paid|settled] on {date} / my [voucher|discount code] [was ignored|did nothing] at checkout / my card was
@@ -165,7 +165,7 @@ bookkeeper needs the invoice for {month} / where do i enter my new [card|iban]? 
 the bill [quarterly|later|per seat]? / from next time please charge the other card""",
     "refund_request": """i want my money [back|] / where is my [refund|money]? / how do i [return it|send it back] for a
 refund? / i expect {amt} back [on my card|] / am i [owed|entitled to] a refund? / i'd like to be [paid back|refunded] /
-you get the {prod}, i get my cash / can the {prod} go back? it's unopened / how long does the refund take?""",
+you get the {prod}, i get my cash / can [i send the {prod}|the {prod} go] back? / how long does the refund take?""",
     "delivery_delay": """where is my [order|parcel|{prod}]? / when [does my parcel|will order {num}|will the {prod}]
 [come|arrive|get here]? / how much longer must i wait for the parcel? / is my package lost? / i [still|just] want [my
 {prod}|what i ordered] delivered / has order {num} even [shipped|left]? / any news [of|on] my [delivery|parcel]? / will
@@ -226,7 +226,7 @@ madam / hi again / good evening / hello everyone / listen / ok so / quick one / 
 servus"""
 CLOSE = """thanks / thank you / thx / thanks a lot / cheers / danke / gracias / regards / best wishes / viele grüße /
 saludos / unbelievable / not amused / waiting for your answer / asap / many thanks in advance / have a nice day / this
-is urgent / order {num} / ref {num} / sorry for my english / third time i write / 🙏 / 😡 / 🙂 / kind regards from a tired
+is urgent / order {num} / ref {num} / sorry for my english / third time i write / 🙏 / 😡 / 🙂 / greetings from a tired
 customer"""
 SELF_EVIDENT = ("delivery_delay", "billing", "account_access", "technical_issue")
 FOREIGN = 0.17  # how often the story belongs to another label than the wish
@@ -432,7 +432,7 @@ def soil(rows: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str
         rows[at] = rows[at][0], another(rows[at][1])
     for at in rng.sample(range(len(rows)), BROKEN_LINES):
         text = re.sub(r"([.,?!]) ", rng.choice(["\\1\n", "\\1\n\n"]), rows[at][0], count=2)
-        rows[at] = re.sub(r"\b(parcel|refund|plan|invoice|account)\b", r'"\1"', text, count=1), rows[at][1]
+        rows[at] = text, rows[at][1]
     counts = (TWINS, CONFLICTS, EMPTY_TEXTS, EMPTY_LABELS)
     twins, conflicts, textless, unlabelled = (rng.sample(rows, count) for count in counts)
     rows += [(rng.choice([text, text, text.lower(), text.upper()]), label) for text, label in twins]

@@ -38,6 +38,7 @@ def serve(given: argparse.Namespace) -> int:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     migrate(settings.resolved_database_url)
     given_key = settings.bootstrap_key.get_secret_value().strip() if settings.bootstrap_key else ""
     if settings.listens_beyond_loopback and not given_key:

@@ -19,6 +19,7 @@ from service.api import datasets, jobs, models, operations, predict, problems
 from service.api.context import Context, authorize
 from service.api.schemas import AliasIn, DatasetForm, PredictIn, Problem
 from service.core.clock import Clock, utc_now
+from service.core.errors import TooLarge
 from service.core.ids import new_token
 from service.core.settings import Settings
 from service.core.spec import JobSpec
@@ -33,6 +34,7 @@ from service.storage import Storage
 
 _FORM_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SECONDS_BETWEEN_ROUNDS = 5.0
 _WARM_MODELS = 20
 log = logging.getLogger("tuneproof.api")
@@ -46,7 +48,6 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
     context = Context(settings, db, storage, EngineHandle(settings), clock)
     app = FastAPI(
         title="tuneproof", lifespan=_lifespan, dependencies=[Depends(authorize)],
-        max_body_size=settings.max_upload_bytes + _FORM_BYTES,
         responses={"4XX": {"model": Problem, "content": {problems.MEDIA_TYPE: {}}}},
         description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
     )  # fmt: skip
@@ -54,7 +55,7 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
     for room in (datasets, jobs, models, predict, operations):
         app.include_router(room.router)
     problems.install(app)
-    app.add_middleware(Envelope, meters=app.state.meters)
+    app.add_middleware(Envelope, meters=app.state.meters, max_body_bytes=settings.max_upload_bytes + _FORM_BYTES)
     document = app.openapi
     app.openapi = lambda: _with_bodies(document())  # type: ignore[method-assign]
     return app
@@ -126,16 +127,17 @@ class Meters:
 
 
 class Envelope:
-    """Around every request: its id, its figures, and a plain 500 where something broke."""
+    """Around every request: its id, its figures, the limit of its body, and a plain 500 where something broke."""
 
-    def __init__(self, app: ASGIApp, meters: Meters) -> None:
-        self.app, self.meters = app, meters
+    def __init__(self, app: ASGIApp, meters: Meters, max_body_bytes: int) -> None:
+        self.app, self.meters, self.max_body_bytes = app, meters, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{new_token()}"
         scope.setdefault("state", {})["request_id"] = request_id
         status, start = 0, time.perf_counter()
@@ -148,7 +150,7 @@ class Envelope:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(scope, self._limited(headers.get(b"content-length", b"0"), receive), send_with_id)
         except Exception:
             log.exception("request %s failed", request_id)
             if status:
@@ -159,8 +161,34 @@ class Envelope:
             await answer(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
-            self.meters.requests.labels(scope["method"], route, str(status)).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.meters.requests.labels(method, route, str(status)).inc()
             self.meters.seconds.labels(route).observe(time.perf_counter() - start)
+
+    def _limited(self, declared: bytes, receive: Receive) -> Receive:
+        """`receive`, raising TooLarge at once where the body says it is too large, else as soon as it is.
+
+        FastAPI's own `max_body_size` answers with plain text, which is no problem+json.
+        """
+        received = int(declared) if declared.isdigit() else 0
+        too_large = TooLarge("The body is larger than this service takes; see TUNEPROOF_MAX_UPLOAD_BYTES.")
+        if received > self.max_body_bytes:
+
+            async def refuse() -> Message:
+                raise too_large
+
+            return refuse
+        received = 0
+
+        async def count() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_body_bytes:
+                raise too_large
+            return message
+
+        return count
 
 
 def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import io
 import shutil
 import tempfile
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from service.db import jobs
 from service.db.engine import Database, migrate
 from service.db.jobs import Claimed, NewArtifact, NewModel
 from service.db.models import Dataset, Job
+from service.storage import Storage
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 GRACE = timedelta(seconds=60)
@@ -109,3 +111,30 @@ def model(method: str = "lora", **given: Any) -> NewModel:
         "files": ["manifest.json"],
     }  # fmt: skip
     return NewModel(**values | given)
+
+
+def add_published(db: Database, storage: Storage, *, name: str = "tickets", now: datetime = START) -> tuple[str, str]:
+    """A succeeded job with real bytes behind its artifacts and its model; gives both ids."""
+    add_job(db, name=name, now=now)
+    lease = claim(db, now).lease
+    prefix = lease.prefix
+    artifacts = []
+    for artifact_name, content in ARTIFACTS.items():
+        stored = storage.put(io.BytesIO(content), f"{prefix}/{artifact_name}")
+        holds_texts = artifact_name in ("predictions.csv", "report.html")
+        artifacts.append(NewArtifact(artifact_name, stored.size_bytes, stored.sha256, stored.key, holds_texts))
+    made = model(files=["manifest.json", "sub/weights.bin"])
+    for file in made.files:
+        storage.put(io.BytesIO(ARTIFACTS.get(file, b"weights")), f"{made.storage_prefix}/{file}")
+    jobs.publish(db, lease, artifacts, [made], {"headline": "fine"}, now, GRACE)
+    return lease.job_id, made.id
+
+
+ARTIFACTS = {
+    "metrics.json": b'{"schema_version": 1}',
+    "predictions.csv": b"row_id,text\n0,hello\n",
+    "report.html": b"<!doctype html><p>fine</p>",
+    "adapter/adapter_config.json": b"{}",
+    "adapter/adapter_model.safetensors": bytes(range(256)),
+    "manifest.json": b"{}",
+}

@@ -229,10 +229,11 @@ def models(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = No
         _print_json(published)
         return
     table = plain_table("id", "method", "accuracy", "name")
+    table.columns[0].no_wrap, table.columns[0].min_width = True, 30
     for model in published:
         name = " ".join([model["name"], f"v{model['version']}", *(f"({alias})" for alias in model["aliases"])])
         table.add_row(model["id"], model["method"], score(model["metrics"].get("accuracy")), Text(name))
-    out.print(table, soft_wrap=False)
+    out.print(table, soft_wrap=True)  # an id that is cut cannot be copied
 
 
 def show_progress(jobs: Iterable[Job]) -> Job:
@@ -284,11 +285,15 @@ def show_result(job: Job, warnings: Iterable[str] = ()) -> None:
         out.print(recommendation["reason"])
 
 
-def served_model(job: Job) -> str | None:
-    """The recommended method's model; the job's own where that method is not served."""
+def served_model(job: Job) -> tuple[str, str] | None:
+    """`(model id, method)` to ask: the recommended method, or the most accurate served one where it is not served."""
     summary = job["summary"] or {}
-    method = summary.get("recommendation", {}).get("method")
-    return summary.get("methods", {}).get(method, {}).get("model_id") or job["model_id"]
+    methods = {name: m for name, m in summary.get("methods", {}).items() if m.get("model_id")}
+    if not methods:
+        return None
+    recommended = summary.get("recommendation", {}).get("method")
+    method = recommended if recommended in methods else max(methods, key=lambda name: methods[name]["accuracy"])
+    return methods[method]["model_id"], method
 
 
 def complain(error: TuneproofError) -> None:
@@ -328,8 +333,8 @@ def _watch(client: Client, job_id: str, as_json: bool) -> None:
         _print_json(job)
     else:
         show_result(job, warnings_of(client, job_id))
-        if model_id := served_model(job):
-            out.print(f"Ask it with: {_command(client, 'predict', '--model', model_id, 'a text')}")
+        if served := served_model(job):
+            out.print(f"Ask {served[1]} with: {_command(client, 'predict', '--model', served[0], 'a text')}")
     if job["status"] != "succeeded":
         raise typer.Exit(FAILED)
 

@@ -149,11 +149,11 @@ def show_comparison(metrics: Mapping[str, Any]) -> None:
 
 
 def ask(client: Client, job: Job, texts: list[str]) -> None:
-    model_id = served_model(job)
-    if model_id is None:
+    served = served_model(job)
+    if served is None:
         raise DemoFailed("The job published no model.")
-    answer = client.predict(model_id, texts)
-    out.print(f"\nPOST /predict, model {answer['model_id']}:")
+    answer = client.predict(served[0], texts)
+    out.print(f"\nPOST /predict, model {answer['model_id']} ({served[1]}):")
     table = plain_table("label", "confidence", "text")
     for text, prediction in zip(texts, answer["predictions"], strict=True):
         table.add_row(Text(prediction["label"] or ""), score(prediction["confidence"]), Text(text))

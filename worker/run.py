@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
 
 from service.core.errors import AppError, OutOfMemory, RoundTripFailed
 from service.core.spec import JobSpec
@@ -338,6 +339,8 @@ def main(arguments: list[str]) -> int:
     if arguments[1:] == ["--supervised"]:
         _die_with_supervisor()
     signal.signal(signal.SIGTERM, _stop)
+    transformers_logging.set_verbosity_error()  # that a fresh head is missing from the checkpoint is no news
+    transformers_logging.disable_progress_bar()
     # Libraries print where they like; standard output belongs to the messages alone.
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -27,8 +27,8 @@ TEXT_ARTIFACTS = frozenset({"predictions.csv", "report.html", "prompt.json"})
 """What is deleted with the dataset whose texts it holds."""
 
 _LOOK_SECONDS = 0.2
-_STATUS_SECONDS = 1.0
-_GRACE_SECONDS = 3.5  # from asking a child to stop to killing it: a cancel is to take under five
+_STATUS_SECONDS = 0.5
+_GRACE_SECONDS = 2.5  # from asking a child to stop to killing it: a cancel is to take under five
 log = logging.getLogger("tuneproof.worker")
 
 

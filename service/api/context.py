@@ -131,7 +131,7 @@ def parse_json(model: type[Body], raw: bytes | str) -> Body:
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
-        raise from_pydantic(error) from None
+        raise from_pydantic(error, model) from None
 
 
 async def _bytes(request: Request, max_bytes: int | None) -> bytes:

@@ -31,7 +31,7 @@ UPLOAD_FIELDS = tuple(DatasetForm.model_fields)
 async def create_dataset(request: Request, ctx: Ctx) -> DatasetOut:
     """Upload a CSV or TSV; the answer says how it was read and what was found in it."""
     upload, fields = await read_form(request, UPLOAD_FIELDS)
-    dataset = await run_in_threadpool(store, ctx, upload, fields)
+    dataset = await run_in_threadpool(store, ctx, upload, upload_form(fields))
     return dataset_out(dataset)
 
 
@@ -106,16 +106,19 @@ async def read_form(request: Request, allowed: tuple[str, ...]) -> tuple[UploadF
     return upload, fields
 
 
-def store(ctx: Context, upload: UploadFile, fields: dict[str, str]) -> Dataset:
+def upload_form(fields: dict[str, str]) -> DatasetForm:
+    try:
+        return DatasetForm.model_validate(fields)
+    except ValidationError as error:
+        raise from_pydantic(error, DatasetForm) from None
+
+
+def store(ctx: Context, upload: UploadFile, form: DatasetForm) -> Dataset:
     """Checks an upload, puts its bytes into the storage, then its row into the database.
 
     Raises:
         InvalidData, UnsupportedMedia, TooLarge: it cannot be used; nothing of it is kept.
     """
-    try:
-        form = DatasetForm.model_validate(fields)
-    except ValidationError as error:
-        raise from_pydantic(error) from None
     options = UploadOptions(**form.model_dump(exclude={"name"}), max_labels=ctx.settings.max_labels)
     with tempfile.NamedTemporaryFile(dir=ctx.settings.data_dir / "tmp") as file:
         sha256, size_bytes = _copy(upload.file, file, ctx.settings.max_upload_bytes)

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from service.api.context import Context, Ctx, Limit, after, json_body, parse_json
-from service.api.datasets import UPLOAD_FIELDS, read_form, store
+from service.api.datasets import UPLOAD_FIELDS, read_form, store, upload_form
 from service.api.schemas import ArtifactOut, EventOut, JobOut, Page, ProgressOut
 from service.core.errors import InvalidData, InvalidInput, NotFound
 from service.core.spec import JobSpec, Kind
@@ -24,7 +24,7 @@ router = APIRouter(tags=["jobs"])
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 _MAX_SPEC_BYTES = 1 << 20
 _SECONDS_BETWEEN_LOOKS = 0.25
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _TYPES = {
     ".json": "application/json", ".csv": "text/csv; charset=utf-8", ".html": "text/html; charset=utf-8",
     ".jsonl": "application/jsonl", ".txt": "text/plain; charset=utf-8", ".md": "text/markdown; charset=utf-8",
@@ -48,7 +48,9 @@ async def create_job(request: Request, response: Response, ctx: Ctx) -> JobOut:
         if spec.dataset_id is not None:
             raise InvalidInput("Send either `file` or `dataset_id`, not both.")
         _check(ctx, spec)
-        dataset = await run_in_threadpool(store, ctx, upload, fields)
+        form = upload_form(fields)
+        _refuse_unlabelled(spec, labelled=form.labelled)
+        dataset = await run_in_threadpool(store, ctx, upload, form)
         spec = spec.model_copy(update={"dataset_id": dataset.id})
     else:
         spec = await json_body(JobSpec, _MAX_SPEC_BYTES)(request)
@@ -187,6 +189,14 @@ def _check(ctx: Context, spec: JobSpec) -> None:
         )
 
 
+def _refuse_unlabelled(spec: JobSpec, *, labelled: bool) -> None:
+    if not labelled:
+        raise InvalidData(
+            f"A job of kind '{spec.kind}' needs labels, and this dataset was uploaded without. Upload it again with "
+            "labelled=true."
+        )
+
+
 def _submit(ctx: Context, spec: JobSpec) -> JobOut:
     assert spec.dataset_id is not None  # checked by the caller
     with ctx.db.write() as session:
@@ -239,6 +249,8 @@ def _range(asked: str, size: int) -> tuple[int, int] | None:
     first, last = match.groups()
     if first:
         start, stop = int(first), min(int(last) + 1 if last else size, size)
+        if last and int(last) < start:
+            return None
     else:
         start, stop = max(0, size - int(last)), size
     if start >= stop:

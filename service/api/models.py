@@ -17,6 +17,8 @@ from service.db import catalog
 from service.db.models import Model
 
 router = APIRouter(tags=["models"])
+
+
 def _no_model_id(alias: str) -> str:
     if alias.startswith("mdl_"):
         raise ValueError("an alias must not look like a model's id (mdl_…)")

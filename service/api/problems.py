@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from service.core import errors
@@ -104,23 +104,66 @@ def install(app: FastAPI) -> None:
         return problem(request, status, _SLUGS.get(status, "error"), detail, headers=error.headers)
 
 
-def invalid(found: Sequence[Any]) -> InvalidInput:
-    """Pydantic's findings as one error. What was sent is not repeated: it may be a text."""
-    entries = []
+def invalid(found: Sequence[Any], model: type[BaseModel] | None = None) -> InvalidInput:
+    """Pydantic's findings as one error, an entry per field. What was sent is not repeated: it may be a text."""
+    schema = None if model is None else model.model_json_schema()
+    entries: dict[tuple[int | str, ...], str] = {}
     for item in found:
         # A union's branches are named in the location; they mean nothing to a caller.
-        loc = [part for part in item["loc"] if not (isinstance(part, str) and _names_a_branch(part))]
-        entries.append({"loc": loc, "message": item["msg"].removeprefix("Value error, ")})
-    fields = sorted({".".join(str(part) for part in entry["loc"]) for entry in entries if entry["loc"]})
+        loc = tuple(part for part in item["loc"] if not (isinstance(part, str) and _names_a_branch(part)))
+        allowed = "" if schema is None else _allowed(schema, loc)
+        message = f"expected {allowed}" if allowed else item["msg"].removeprefix("Value error, ")
+        entries.setdefault(
+            tuple(part[:100] if isinstance(part, str) else part for part in loc if part != _KEY), message
+        )
+    fields = sorted({".".join(str(part) for part in loc) for loc in entries if loc})
     where = f" in {', '.join(fields[:5])}" if fields else ""
-    first = entries[0]["message"] if entries else "the request does not fit the schema"
+    first = next(iter(entries.values()), "the request does not fit the schema")
     return InvalidInput(
-        f"The request is not valid{where}: {first}. See `errors`, and /docs for what is expected.", errors=entries
+        f"The request is not valid{where}: {first}. See `errors`, and /docs for what is expected.",
+        errors=[{"loc": list(loc), "message": message} for loc, message in entries.items()],
     )
 
 
-def from_pydantic(error: ValidationError) -> InvalidInput:
-    return invalid(error.errors(include_input=False, include_url=False, include_context=False))
+def from_pydantic(error: ValidationError, model: type[BaseModel] | None = None) -> InvalidInput:
+    return invalid(error.errors(include_input=False, include_url=False, include_context=False), model)
+
+
+_KEY = "[key]"  # how Pydantic says that the key is at fault, not the value
+
+
+def _allowed(schema: dict[str, Any], loc: Sequence[int | str]) -> str:
+    """What a field may hold, by the model's JSON schema: `1 to 100, or 'auto'`; empty where that cannot be said."""
+    node = schema
+    at_key = loc[-1:] == (_KEY,)
+    for part in loc[:-2] if at_key else loc:
+        node = _resolved(schema, node)
+        inside = node.get("properties", {}).get(part) or node.get("items") or node.get("additionalProperties")
+        if not isinstance(inside, dict):
+            return ""
+        node = inside
+    node = _resolved(schema, node)
+    node = node.get("propertyNames", {}) if at_key else node
+    return ", or ".join(filter(None, (_values(_resolved(schema, branch)) for branch in node.get("anyOf", [node]))))
+
+
+def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    name = node.get("$ref", "").rpartition("/")[2]
+    return schema["$defs"][name] if name else node
+
+
+def _values(node: dict[str, Any]) -> str:
+    if "const" in node or "enum" in node:
+        return ", ".join(repr(value) for value in node.get("enum", [node.get("const")]))
+    for least, most, unit in (
+        ("minimum", "maximum", ""), ("minLength", "maxLength", " characters"), ("minProperties", "maxProperties", " pairs"),
+    ):  # fmt: skip
+        low, high = node.get(least), node.get(most)
+        if high is not None:
+            return (f"at most {high}" if low is None else f"{low} to {high}") + unit
+        if low is not None:
+            return f"at least {low}{unit}"
+    return "true, or false" if node.get("type") == "boolean" else ""
 
 
 def _names_a_branch(part: str) -> bool:

@@ -72,7 +72,9 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
         InvalidData: a file is damaged, or its shapes do not fit together.
     """
     manifest = Manifest.read(folder)
-    unsigned = {WEIGHTS, CONFIG} - manifest.files.keys() if manifest.method == "lora" else {HEAD} - manifest.files.keys()
+    unsigned = (
+        {WEIGHTS, CONFIG} - manifest.files.keys() if manifest.method == "lora" else {HEAD} - manifest.files.keys()
+    )
     if unsigned:
         raise InvalidData(f"{', '.join(sorted(unsigned))} is not among the files that were published.")
     lora, linears = _read_peft(folder) if manifest.method == "lora" else ({}, _read_head(folder, head_name))
@@ -127,14 +129,18 @@ def _scale(file: Path) -> float:
         raise InvalidData(f"{file.name} of the saved model is missing or damaged.") from error
     other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if other:
-        raise InvalidData(f"{file.name} of the saved model asks for {', '.join(other)}, which this version cannot serve.")
+        raise InvalidData(
+            f"{file.name} of the saved model asks for {', '.join(other)}, which this version cannot serve."
+        )
     return scale
 
 
 def _linear(tensors: dict[str, Tensor], prefix: str) -> Linear:
     weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        raise InvalidData(f"The saved model's layer {prefix or 'head'} is incomplete, or its parts do not fit together.")
+        raise InvalidData(
+            f"The saved model's layer {prefix or 'head'} is incomplete, or its parts do not fit together."
+        )
     return Linear(weight, bias)
 
 

@@ -83,7 +83,8 @@ def find_base(name: str, models_dir: Path | None) -> BaseModel:
     models = allowed_models(models_dir)
     if name not in models:
         raise UnknownBaseModel(
-            f"Base model {name!r} is not on the allow-list. Use 'auto' or one of: {', '.join(models)}."
+            f"Base model {name!r} is not on the allow-list. Use 'auto' or one of: {', '.join(models)}.",
+            errors=[{"loc": ["base_model"], "message": "not on the allow-list"}],
         )
     return models[name]
 
@@ -105,7 +106,8 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
         revision = f"sha256:{weights_sha256(folder)}"
     except OSError as error:
         raise ModelUnavailable(
-            f"The weights of base model {base.name!r} cannot be read.", hint="Put its files back, and start the job again."
+            f"The weights of base model {base.name!r} cannot be read.",
+            hint="Put its files back, and start the job again.",
         ) from error
     if base.revision and revision != base.revision:
         raise ModelUnavailable(

@@ -1,5 +1,6 @@
 """Text -> token ids, the same at training, at serving, and for whoever loads the saved tokenizer with stock tools."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import processors
+from tokenizers import Tokenizer as Backend
 
 Tokenizer = Any
 """A `transformers` fast tokenizer; one per thread, the Rust object behind it is not to be shared."""
@@ -45,6 +46,8 @@ def load_tokenizer(folder: Path, *, decoder: bool) -> Tokenizer:
         _end_with_one_eos(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # Said in the saved tokenizer_config.json too, so that markup in a text is text to stock users as well.
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     return tokenizer
 
 
@@ -91,13 +94,37 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], **cut: Any) -> list[list[in
 
 
 def _end_with_one_eos(tokenizer: Tokenizer) -> None:
-    """Has the post-processor append EOS, unless the tokenizer's own files already do."""
-    eos = tokenizer.eos_token
-    if _ids(tokenizer, ["a"])[0][-1:] == [tokenizer.eos_token_id]:
+    """Has the post-processor append EOS, unless the tokenizer's own files already do.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token, or a post-processor of a kind that this cannot add to.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer of a decoder needs an EOS token.")
+    before = _ids(tokenizer, ["a"])[0]
+    if before[-1:] == [tokenizer.eos_token_id]:
         return
-    append = processors.TemplateProcessing(
-        single=f"$A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
-    )
     backend = tokenizer.backend_tokenizer
-    before = backend.post_processor
-    backend.post_processor = append if before is None else processors.Sequence([before, append])
+    body = json.loads(backend.to_str())
+    body["post_processor"] = _with_eos(body["post_processor"], str(tokenizer.eos_token), tokenizer.eos_token_id)
+    backend.post_processor = Backend.from_str(json.dumps(body)).post_processor
+    if _ids(tokenizer, ["a"])[0] != [*before, tokenizer.eos_token_id]:
+        raise ValueError("The tokenizer's post-processor cannot be made to append an EOS token.")
+
+
+def _with_eos(post_processor: dict[str, Any] | None, eos: str, eos_id: int) -> dict[str, Any]:
+    """`post_processor`, as tokenizer.json has it, with EOS at its template's end.
+
+    A second template behind the first would not do: it takes what the first put before the text for a text of its own.
+    """
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    plain = {"type": "TemplateProcessing", "single": text, "pair": [*text, {"Sequence": {"id": "B", "type_id": 1}}]}
+    steps = [] if post_processor is None else post_processor.get("processors", [post_processor])
+    if not any(step["type"] == "TemplateProcessing" for step in steps):
+        steps = [*steps, plain | {"special_tokens": {}}]
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            for kind, type_id in (("single", 0), ("pair", 1)):
+                step[kind] = [*step[kind], {"SpecialToken": {"id": eos, "type_id": type_id}}]
+            step["special_tokens"][eos] = {"id": eos, "ids": [eos_id], "tokens": [eos]}
+    return {"type": "Sequence", "processors": steps}

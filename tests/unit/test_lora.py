@@ -16,7 +16,7 @@ from service.ml.engine import Engine
 from service.ml.labels import LabelSet
 from tests.adapters import TARGETS, manifest, stock_logits
 from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, KEYWORDS, QWEN3, QWEN3_EOS, ROBERTA, labelled_texts
-from worker.methods.checkpoint import Checkpoint, latest
+from worker.methods.checkpoint import Checkpoint, newest
 from worker.methods.frozen import FrozenBase, fit_probe
 from worker.methods.lora import Lora, LoraRecipe, _with_lora, auto_epochs, auto_learning_rate, epoch_batches
 from worker.methods.protocol import Rows
@@ -36,7 +36,7 @@ def rows(n, seed, labels=LABELS):
     return Rows(tuple(texts), labels.ids(names), labels)
 
 
-TRAIN, VALIDATION = rows(96, 1), rows(40, 2)
+TRAIN, VALIDATION = rows(48, 1), rows(24, 2)
 
 
 def recipe(**changes):
@@ -75,11 +75,11 @@ def test_lora_and_head_learn_and_the_base_does_not_move(name, checkpointing, tin
 
     trained = fine_tune(base, tmp_path, gradient_checkpointing=checkpointing)
 
-    weights = trainable(trained)
+    # The last ones, not the best: on random weights the probe may well be the best.
+    weights = newest(tmp_path / "checkpoints", trained.recipe.__dict__).weights
     b_halves = {name: tensor for name, tensor in weights.items() if ".lora_B." in name}
     assert len(b_halves) == 2 * 4  # layers x projections
     assert all(tensor.abs().max() > 1e-4 for tensor in b_halves.values())  # B starts at zero
-    assert trained.state.best_epoch > 0
     assert trained.state.gradient_checkpointing is checkpointing
     heads = [tensor for name, tensor in weights.items() if tensor.shape == head_before.shape and ".lora_" not in name]
     assert len(heads) == 1
@@ -95,7 +95,7 @@ def test_lora_and_head_learn_and_the_base_does_not_move(name, checkpointing, tin
         assert torch.equal(tensor, stock[key]), key
 
 
-@pytest.mark.parametrize("name", [QWEN3, BERT, DISTILBERT, ROBERTA])
+@pytest.mark.parametrize("name", [BERT, ROBERTA])
 def test_gradient_checkpointing_gives_every_lora_pair_the_same_gradient(name, tiny_models, tmp_path):
     base = frozen(tiny_models, name)
     weights = {}
@@ -120,21 +120,19 @@ def test_a_tokenizer_without_a_pad_token_trains_in_batches_above_one(tiny_models
     assert "pad_token" not in json.loads((tiny_models / QWEN3 / "tokenizer_config.json").read_text())
     assert json.loads((tiny_models / QWEN3 / "config.json").read_text()).get("pad_token_id") is None
     base = frozen(tiny_models, QWEN3)
-    trained = fine_tune(base, tmp_path, batch_size=16, epochs=4)
+    trained = fine_tune(base, tmp_path, rows(300, 3), batch_size=16, epochs=6)
     tokenizer, config = trained.backbone.tokenizer, trained.backbone.model.config
     assert config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
-    accuracy = (trained.logits(VALIDATION.texts).argmax(1) == VALIDATION.label_ids).mean()
-    assert accuracy > 0.85
+    assert trained.state.best_macro_f1 > trained.state.history[0]["validation_macro_f1"] + 0.1
 
 
 # Step 0 --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [LABELS, TWO], ids=["four labels", "two labels"])
-@pytest.mark.parametrize("name", [QWEN3, BERT, DISTILBERT])
+@pytest.mark.parametrize(("name", "labels"), [(QWEN3, LABELS), (QWEN3, TWO), (BERT, TWO), (DISTILBERT, LABELS)])
 def test_the_head_starts_as_the_probe(name, labels, tiny_models, tmp_path):
     base = frozen(tiny_models, name)
-    train, validation = rows(60, 1, labels), rows(30, 2, labels)
+    train, validation = rows(40, 1, labels), rows(30, 2, labels)
     trained = fine_tune(base, tmp_path, train, validation, learning_rate=0.0, epochs=1)
     expected = probe_logits(base, train, validation)
     np.testing.assert_allclose(trained.logits(validation.texts), expected, atol=1e-3)
@@ -194,7 +192,7 @@ def test_labels_that_stand_in_no_train_row_and_balanced_weights_train_without_na
     train = Rows(tuple(TRAIN.texts[i] for i in three), TRAIN.label_ids[three], LABELS)
     trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, train, balanced=True)
     logits = trained.logits(VALIDATION.texts)
-    assert logits.shape == (40, 4)
+    assert logits.shape == (24, 4)
     assert np.isfinite(logits).all()
     assert np.isfinite([epoch["train_loss"] for epoch in trained.state.history[1:]]).all()
 
@@ -253,34 +251,44 @@ def test_a_checkpoint_half_written_when_the_machine_stopped_is_passed_over(tiny_
     checkpoints = tmp_path / "checkpoints"
     fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
     shutil.copytree(checkpoints / "epoch-1", checkpoints / "epoch-2.partial")
-    assert latest(checkpoints) == checkpoints / "epoch-1"
-    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)  # resumes
+    found = newest(checkpoints, recipe(epochs=1).__dict__)
+    assert found is not None
+    assert found.state.epoch == 1
+    trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1, on_checkpoint=kill)  # nothing left to train
+    assert trained.state.epoch == 1
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_starts_the_run_anew_instead_of_failing_every_attempt(file, tiny_models, tmp_path):
-    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
-    damaged = tmp_path / "checkpoints" / "epoch-1" / file
-    damaged.write_bytes(damaged.read_bytes()[:-20])
-    trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
-    assert [e["epoch"] for e in trained.state.history] == [0, 1]
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_models, tmp_path):
+    """Else one torn write would fail every attempt."""
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=2)
+    for file in ("weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"):
+        folder = tmp_path / file
+        shutil.copytree(tmp_path / "checkpoints", folder)
+        found = []
+        for number in (2, 1):
+            damaged = folder / f"epoch-{number}" / file
+            damaged.write_bytes(damaged.read_bytes()[:-20])
+            found.append(newest(folder, recipe(epochs=2).__dict__))
+        assert found[0] is not None
+        assert found[0].state.epoch == 1
+        assert found[1] is None
 
 
 def test_a_checkpoint_is_made_of_safetensors_and_json_alone(tiny_models, tmp_path):
-    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=2)
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=3)
     files = {str(f.relative_to(tmp_path / "checkpoints")) for f in (tmp_path / "checkpoints").rglob("*") if f.is_file()}
     names = ("weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json")
-    assert files == {f"epoch-2/{name}" for name in names}
-    assert Checkpoint.load(tmp_path / "checkpoints" / "epoch-2").state.epoch == 2
+    # The last, and the one before it: that one may be on its way to the storage still.
+    assert files == {f"epoch-{number}/{name}" for number in (2, 3) for name in names}
+    assert Checkpoint.load(tmp_path / "checkpoints" / "epoch-3").state.epoch == 3
 
 
 # What is saved -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("labels", [LABELS, TWO], ids=["four labels", "two labels"])
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize(("name", "labels"), [(QWEN3, TWO), *((name, LABELS) for name in (*DECODERS, *ENCODERS))])
 def test_the_saved_model_answers_the_same_when_stock_peft_loads_it(name, labels, tiny_models, tmp_path):
-    train, validation = rows(60, 1, labels), rows(30, 2, labels)
+    train, validation = rows(40, 1, labels), rows(30, 2, labels)
     trained = fine_tune(frozen(tiny_models, name), tmp_path, train, validation, epochs=1)
     folder = tmp_path / "adapter"
     trained.save(folder)

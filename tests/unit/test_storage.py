@@ -46,15 +46,15 @@ def test_a_range_gives_those_bytes(storage: Storage, start: int, size: int | Non
     ["", "/", "/etc/passwd", "a/", "/a", "a//b", "..", "a/../b", "../a", "a/..", ".", "./a", "a/.", "a b", "a\\b", "a\n",
      "a\x00", "ä", "a%2e", "~", "a:b", "*", "a/b?c", "file://a"],
 )  # fmt: skip
-def test_a_key_that_is_not_ours_is_refused(storage: Storage, key: str) -> None:
+def test_a_key_that_is_not_ours_is_refused(storage: Storage, key: str, tmp_path: Path) -> None:
     put(storage, "kept")
     for use in (
         lambda: put(storage, key),
         lambda: storage.open(key),
         lambda: list(storage.chunks(key)),
         lambda: storage.delete(key),
-        lambda: storage.fetch(key, Path("nowhere")),
-        lambda: storage.fetch_folder(key, Path("nowhere")),
+        lambda: storage.fetch(key, tmp_path / "nowhere"),
+        lambda: storage.fetch_folder(key, tmp_path / "nowhere"),
     ):
         with pytest.raises(ValueError, match="not a storage key"):
             use()

@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _STATE = "state.json"
+_PARTIAL = ".partial"
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Checkpoint:
     def save(self, folder: Path) -> Path:
         """Writes `folder/epoch-N`, whole or not at all, and keeps the one before it. Returns its path."""
         target = folder / f"epoch-{self.state.epoch}"
-        partial = folder / f"{target.name}.partial"
+        partial = folder / f"{target.name}{_PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for name in ("weights", "best", "optimizer"):
@@ -69,14 +72,20 @@ class Checkpoint:
         return cls(state, *(load_file(folder / f"{name}.safetensors") for name in ("weights", "best", "optimizer")))
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below `folder`."""
-    whole = [path for path in folder.glob("epoch-*") if (path / _STATE).is_file()]
-    return max(whole, key=_number, default=None)
+def newest(folder: Path, recipe: dict[str, Any]) -> Checkpoint | None:
+    """The newest checkpoint below `folder` that is whole, undamaged and of this recipe."""
+    whole = [path for path in folder.glob("epoch-*") if path.suffix != _PARTIAL]
+    for path in sorted(whole, key=_number, reverse=True):
+        # A damaged one, left by a machine that lost its power, would fail every attempt: the one before it is kept.
+        with suppress(OSError, ValueError, TypeError, SafetensorError):
+            checkpoint = Checkpoint.load(path)
+            if checkpoint.state.recipe == recipe:
+                return checkpoint
+    return None
 
 
 def _number(path: Path) -> int:
-    return int(path.name.removeprefix("epoch-").removesuffix(".partial"))
+    return int(path.name.removeprefix("epoch-").removesuffix(_PARTIAL))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from service.ml.device import DTYPES, Precision
 from service.ml.encode import Encoded, encode, token_batches
 from service.ml.engine import TOKEN_BUDGET
 from service.ml.manifest import States
-from worker.methods.checkpoint import Checkpoint, TrainingState, latest, optimizer_tensors, restore_optimizer
+from worker.methods.checkpoint import Checkpoint, TrainingState, newest, optimizer_tensors, restore_optimizer
 from worker.methods.frozen import FrozenBase, Probe, fit_probe
 from worker.methods.protocol import OnProgress, Rows, silent
 
@@ -152,10 +152,7 @@ class Lora:
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        found = latest(self.checkpoints)
-        resumed = Checkpoint.load(found) if found else None
-        if resumed is not None and resumed.state.recipe != asdict(self.recipe):
-            resumed = None
+        resumed = newest(self.checkpoints, asdict(self.recipe))
         probe = None if resumed else fit_probe(
             self.base, train, validation, "head", intercept=self.base.engine.head_has_bias,
             on_progress=lambda share, text: on_progress(0.1 * share, text),

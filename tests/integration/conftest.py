@@ -1,0 +1,85 @@
+"""The API as a client sees it: real ASGI, real database and storage; the engine is quiet unless a test is about it."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from service.core.clock import Clock
+from service.core.errors import EngineUnavailable
+from service.core.settings import Settings
+from service.inference.handle import Scores
+from service.inference.wire import ServedModel
+from service.main import create_app
+from tests.rows import StillClock, fresh_database
+from tests.waiting import until
+
+LOOPBACK = ("127.0.0.1", 50_000)
+ELSEWHERE = ("203.0.113.7", 50_000)
+
+
+class QuietEngine:
+    """Runs, and is never ready: what the API has beside it where no test is about predictions."""
+
+    running, pid = True, None
+
+    async def run(self, warm: Sequence[ServedModel] = ()) -> None:
+        await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        pass
+
+    async def predict(self, model: ServedModel, texts: list[str]) -> Scores:
+        raise EngineUnavailable("The engine is starting. Ask again in a moment.")
+
+
+def make_app(data_dir: Path, *, clock: Clock | None = None, **settings: Any) -> FastAPI:
+    """The application over an empty database; its time stands still at `START` unless a clock is given."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    fresh_database(data_dir).close()
+    app = create_app(Settings(data_dir=data_dir, **{"min_free_bytes": 0} | settings), clock)
+    app.state.context.engine = QuietEngine()
+    return app
+
+
+@contextlib.contextmanager
+def api(data_dir: Path, *, client: tuple[str, int] = LOOPBACK, **given: Any) -> Iterator[TestClient]:
+    with TestClient(make_app(data_dir, **given), client=client, follow_redirects=False) as started:
+        yield started
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., TestClient]]:
+    """Starts an API of its own for this test, with these settings."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **given: stack.enter_context(api(tmp_path / "data", **given))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """One API for all tests of a module: what one sends must not harm the next."""
+    with api(tmp_path_factory.mktemp("api") / "data", max_upload_bytes=300_000, max_labels=20) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The application behind uvicorn on a free port; gives its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, server_header=False))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started, 20, "the server listens")
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(20)
+
+
+Listening = Callable[..., AbstractContextManager[str]]
