@@ -5,6 +5,7 @@ import contextlib
 import logging
 import re
 import time
+import traceback
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -33,6 +34,10 @@ from service.ml.base_models import EMBEDDED, find_base
 from service.storage import Storage
 
 _FORM_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
+_PROBLEM: dict[str, Any] = {
+    "description": "A problem, RFC 9457.",
+    "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SECONDS_BETWEEN_ROUNDS = 5.0
@@ -48,7 +53,7 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
     context = Context(settings, db, storage, EngineHandle(settings), clock)
     app = FastAPI(
         title="tuneproof", lifespan=_lifespan, dependencies=[Depends(authorize)],
-        responses={"4XX": {"model": Problem, "content": {problems.MEDIA_TYPE: {}}}},
+        responses=dict.fromkeys(("4XX", "5XX"), _PROBLEM),
         description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
     )  # fmt: skip
     app.state.context, app.state.meters = context, Meters()
@@ -110,8 +115,12 @@ def _round(context: Context) -> None:
     grace = timedelta(seconds=settings.delete_grace_seconds)
     job_queue.reap(context.db, now, settings.max_attempts, grace)
     for garbage_id, prefix in job_queue.due_garbage(context.db, now):
-        context.storage.delete(prefix)
-        job_queue.collected(context.db, garbage_id)
+        try:
+            context.storage.delete(prefix)
+        except OSError as error:
+            log.warning("%s cannot be deleted yet (%s)", prefix, type(error).__name__)
+        else:
+            job_queue.collected(context.db, garbage_id)
 
 
 class Meters:
@@ -151,8 +160,10 @@ class Envelope:
 
         try:
             await self.app(scope, self._limited(headers.get(b"content-length", b"0"), receive), send_with_id)
-        except Exception:
-            log.exception("request %s failed", request_id)
+        except Exception as error:
+            # Where it broke, without the message, which may quote a text.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)
             if status:
                 raise
             answer = problems.problem(
@@ -195,12 +206,7 @@ def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:
     """Adds the schemas of bodies that routes read themselves."""
     schemas = document["components"]["schemas"]
     if "JobUpload" not in schemas:
-        bodies = [
-            (JobSpec, "validation"),
-            (PredictIn, "validation"),
-            (AliasIn, "validation"),
-            (DatasetForm, "validation"),
-        ]
+        bodies = [(model, "validation") for model in (JobSpec, PredictIn, AliasIn, DatasetForm, Problem)]
         _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         schemas.update(found["$defs"])
         form = schemas["DatasetForm"]

@@ -33,7 +33,9 @@ def manifest(n_labels: int, *, method: str = "lora", states: Any = "head", max_l
     )  # fmt: skip
 
 
-def save_random_adapter(folder: Path, base: Path, tokenizer: Any, n_labels: int, *, seed: int = 0, rank: int = 4) -> Path:
+def save_random_adapter(
+    folder: Path, base: Path, tokenizer: Any, n_labels: int, *, seed: int = 0, rank: int = 4
+) -> Path:
     """A LoRA adapter in which nothing is zero: B, the head and the fresh layers are all drawn at random."""
     torch.manual_seed(seed)
     model = stock_base(base, n_labels)

@@ -28,7 +28,10 @@ KEYWORDS = {
     "login": ("password", "account", "locked", "email", "code"),
     "praise": ("thanks", "great", "lovely", "perfect", "happy"),
 }
-_FILLERS = "hello there please could you have a look at my the it was again today since monday and not yet sure".split()
+_FILLERS = (
+    "hello", "there", "please", "could", "you", "have", "a", "look", "at", "my", "the", "it", "was", "again", "today",
+    "since", "monday", "and", "not", "yet", "sure",
+)  # fmt: skip
 _MARKUP = "Which of these categories does the text below belong to? Answer with the name only. Label: Text: "
 
 

@@ -229,7 +229,7 @@ def models(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = No
         _print_json(published)
         return
     table = plain_table("id", "method", "accuracy", "name")
-    table.columns[0].no_wrap, table.columns[0].min_width = True, 30
+    table.columns[0].no_wrap = True
     for model in published:
         name = " ".join([model["name"], f"v{model['version']}", *(f"({alias})" for alias in model["aliases"])])
         table.add_row(model["id"], model["method"], score(model["metrics"].get("accuracy")), Text(name))

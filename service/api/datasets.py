@@ -130,8 +130,12 @@ def store(ctx: Context, upload: UploadFile, form: DatasetForm) -> Dataset:
         id=dataset_id, name=_name(form, upload), created_at=ctx.clock(), sha256=sha256, size_bytes=size_bytes,
         storage_key=stored.key, profile=asdict(found),
     )  # fmt: skip
-    with ctx.db.write() as session:
-        session.add(dataset)
+    try:
+        with ctx.db.write() as session:
+            session.add(dataset)
+    except BaseException:
+        ctx.storage.delete(stored.key)
+        raise
     return dataset
 
 

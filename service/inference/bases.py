@@ -1,5 +1,6 @@
 """The bases an engine process holds, and the adapters beside them: each least recently used out, by bytes."""
 
+import logging
 import shutil
 import tempfile
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from service.core.errors import AppError, BaseLoading, BaseNotServed, ModelUnavailable
+from service.core.errors import AppError, BaseLoading, BaseNotServed, InvalidData, ModelUnavailable
 from service.inference.wire import ServedModel
 from service.ml.adapter import Adapter, load_adapter
 from service.ml.backbone import load_backbone
@@ -22,6 +23,7 @@ from service.storage import Storage
 
 # A base that cannot be had may be there later: its folder filled, the hub back.
 _SECONDS_REFUSED = 60.0
+log = logging.getLogger("tuneproof.engine")
 
 BaseKey = tuple[str, str]
 """Name and revision; device and dtype are the same for all bases of a process."""
@@ -83,12 +85,16 @@ class Bases:
             self._make_room(key, size)
             engine = Engine(load_backbone(source, device=self.device, dtype=self.dtype))
             actual = sum(p.numel() * p.element_size() for p in engine.backbone.model.parameters())
+            self._make_room(key, actual, exact=True)
             with self._lock:
                 self._engines[key] = (engine, actual)
         except AppError as error:
             self._refuse(key, error.detail)
         except torch.OutOfMemoryError:
             self._refuse(key, f"Base model {key[0]!r} does not fit into the device's memory.")
+        except Exception as error:  # damaged files, whatever the libraries say of them
+            log.exception("base model %s cannot be loaded", key[0])
+            self._refuse(key, f"Base model {key[0]!r} cannot be loaded ({type(error).__name__}).")
         finally:
             with self._lock:
                 self._loading.discard(key)
@@ -100,10 +106,10 @@ class Bases:
             raise ModelUnavailable(f"Base model {name!r} is here at another revision than the model was trained on.")
         return source
 
-    def _make_room(self, key: BaseKey, size: int) -> None:
+    def _make_room(self, key: BaseKey, size: int, *, exact: bool = False) -> None:
         limit = self.limits.memory_bytes
         # The files may hold half the bytes the loaded weights take; judged exactly once they are loaded.
-        if size / 2 > limit:
+        if (size if exact else size / 2) > limit:
             raise BaseNotServed(
                 f"Base model {key[0]!r} takes about {size} bytes and serving may use {limit}. Raise "
                 "TUNEPROOF_SERVE_MEMORY_BYTES, or serve it on another machine."
@@ -143,7 +149,10 @@ class Adapters:
         folder = Path(tempfile.mkdtemp(prefix="tuneproof-adapter-"))
         try:
             for name in model.files:
-                self.storage.fetch(f"{model.storage_prefix}/{name}", folder / name)
+                try:
+                    self.storage.fetch(f"{model.storage_prefix}/{name}", folder / name)
+                except FileNotFoundError:
+                    raise InvalidData(f"{name} of the saved model is missing.") from None
             backbone = engine.backbone
             dtype = next(backbone.model.parameters()).dtype
             return load_adapter(folder, head_name=backbone.head_name, device=backbone.device, dtype=dtype)

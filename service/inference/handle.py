@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -101,19 +102,19 @@ class EngineHandle:
         # One call is always taken, however large, or it never could be.
         if self._waiting_chars and self._waiting_chars + size > self._settings.predict_queue_chars:
             raise QueueFull("More texts are waiting than the service takes on. Ask again in a moment.")
-        number = next(self._numbers)
+        number, allowed = next(self._numbers), self._settings.predict_timeout_seconds
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = answer
         self._waiting_chars += size
         try:
-            process.stdin.write(
-                wire.pack({"type": "predict", "number": number, "model": asdict(model), "texts": texts})
-            )
-            await process.stdin.drain()
-            message = await asyncio.wait_for(answer, self._settings.predict_timeout_seconds)
+            asked = {"number": number, "model": asdict(model), "texts": texts, "deadline": time.monotonic() + allowed}
+            process.stdin.write(wire.pack({"type": "predict"} | asked))
+            async with asyncio.timeout(allowed):
+                await process.stdin.drain()
+                message = await answer
         except TimeoutError:
             raise DeadlinePassed(
-                f"No answer within {self._settings.predict_timeout_seconds:g} s. Send fewer texts a call, or ask later."
+                f"No answer within {allowed:g} s. Send fewer texts a call, or ask later."
             ) from None
         except (ConnectionError, RuntimeError):
             raise EngineUnavailable("The engine was lost and is being started again. Ask again in a moment.") from None

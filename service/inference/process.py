@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,12 @@ log = logging.getLogger("tuneproof.engine")
 
 @dataclass
 class Request:
-    """One call of `/predict`."""
+    """One call of `/predict`; after `deadline`, on this machine's monotonic clock, nobody waits for it any more."""
 
     number: int
     model: ServedModel
     texts: list[str]
+    deadline: float = float("inf")
 
 
 @dataclass
@@ -67,7 +69,7 @@ class EngineProcess:
             else:
                 model = message["model"]
                 served = ServedModel(**model | {"files": tuple(model["files"])})
-                self._waiting.put(Request(message["number"], served, message["texts"]))
+                self._waiting.put(Request(message["number"], served, message["texts"], message["deadline"]))
         self._waiting.put(None)
 
     def run(self) -> None:
@@ -86,7 +88,10 @@ class EngineProcess:
 
     def _serve(self, batch: Sequence[Request]) -> None:
         by_engine: dict[int, tuple[Engine, list[Ready]]] = {}
+        now = time.monotonic()
         for request in batch:
+            if request.deadline < now:
+                continue
             try:
                 engine = self._bases.engine((request.model.base_model, request.model.base_revision))
                 ready = self._prepare(request, engine)

@@ -81,7 +81,7 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
     head = linears.pop(head_name, None)
     if head is None or head.weight.shape[0] != len(manifest.labels):
         raise InvalidData("The saved model's head does not have one row per label.")
-    adapter = Adapter(
+    return Adapter(
         manifest.labels,
         Linear(head.weight.to(device), None if head.bias is None else head.bias.to(device)),
         manifest.states,
@@ -90,7 +90,6 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
         {n: Linear(x.weight.to(device, dtype), None if x.bias is None else x.bias.to(device, dtype))
          for n, x in linears.items()},
     )  # fmt: skip
-    return adapter
 
 
 def _read_head(folder: Path, head_name: str) -> dict[str, Linear]:
@@ -121,7 +120,7 @@ def _read_peft(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str
 
 
 def _scale(file: Path) -> float:
-    """alpha / r of a plain LoRA; what PEFT would compute otherwise is refused, not answered wrongly."""
+    """The scale of a plain LoRA, alpha / r; what PEFT would compute otherwise is refused, not answered wrongly."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         scale = float(config["lora_alpha"]) / float(config["r"])

@@ -54,7 +54,7 @@ class Backbone:
         return int(config.hidden_size)
 
     def attention_projections(self) -> list[str]:
-        """Names of the attention's linear layers, from the attention block on: `self_attn.q_proj`, `attention.self.query`."""
+        """Names of the attention's linear layers from the block on: `self_attn.q_proj`, `attention.self.query`."""
         names = set()
         for name, module in self.model.named_modules():
             parts = name.split(".")
@@ -177,7 +177,13 @@ def _final_linear(model: Any, num_labels: int) -> str:
 
 def _fresh_layers(model: nn.Module, missing: set[str], head_name: str, base_name: str) -> tuple[str, ...]:
     layers = {key.rpartition(".")[0] for key in missing} - {head_name}
-    wrong = sorted(layer for layer in layers if not isinstance(model.get_submodule(layer), nn.Linear))
+    # Within the body only a pooler may be lacking (a BERT saved for masked words has none); all else is damage.
+    body = f"{model.base_model_prefix}."
+    wrong = sorted(
+        layer
+        for layer in layers
+        if not isinstance(model.get_submodule(layer), nn.Linear) or (layer.startswith(body) and "pooler" not in layer)
+    )
     if wrong:
         raise ModelUnavailable(
             f"The weights of base model {base_name!r} lack {', '.join(wrong[:5])}.",

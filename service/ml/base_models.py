@@ -5,8 +5,8 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
     except OSError as error:
         raise ModelUnavailable(
             f"The weights of base model {base.name!r} cannot be read.",
-            hint="Put its files back, and start the job again.",
+            hint="Put its files back, and start again.",
         ) from error
     if base.revision and revision != base.revision:
         raise ModelUnavailable(
@@ -172,8 +172,8 @@ def _unavailable(base: BaseModel) -> ModelUnavailable:
     return ModelUnavailable(
         f"Base model {base.name!r} ({base.repo} at {base.revision[:12]}) is not in the local cache and the model hub "
         f"did not give it.",
-        hint=f"Put its files into a folder named {base.name!r} in TUNEPROOF_MODELS_DIR, let this machine reach the hub, "
-        f"or use base_model '{EMBEDDED}', which needs no network.",
+        hint=f"Put its files into a folder named {base.name!r} in TUNEPROOF_MODELS_DIR, let this machine reach the "
+        f"hub, or use base_model '{EMBEDDED}', which needs no network.",
     )
 
 

@@ -21,7 +21,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def training_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it, and on every CUDA GPU: a T4 emulates it, but fp16 would need a GradScaler."""
+    """bf16 where the hardware multiplies it, and on every GPU: a T4 emulates it, but fp16 would need a GradScaler."""
     if device.type == "cuda":
         return "bf16"
     return "bf16" if device.type == "cpu" and bf16_pays_on_cpu() else "fp32"

@@ -41,6 +41,8 @@ def load_tokenizer(folder: Path, *, decoder: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not any((folder / name).is_file() for name in tokenizer.vocab_files_names.values()):
+        raise ValueError("There is no vocabulary, and transformers makes up an empty one.")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     if decoder:
         _end_with_one_eos(tokenizer)

@@ -104,9 +104,9 @@ class Engine:
         """
         answers: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(ids)
         numbers = {id(adapter): i for i, adapter in enumerate(adapters)}
-        for rows in self._batches(ids, on_batch):
+        for batch in self._batches(ids, on_batch):
             # Grouped by adapter, so that each group is one slice.
-            rows = rows[np.argsort([numbers[id(adapters[i])] for i in rows], kind="stable")]
+            rows = batch[np.argsort([numbers[id(adapters[i])] for i in batch], kind="stable")]
             segments = _segments([adapters[i] for i in rows])
             states = self._forward([ids[i] for i in rows], segments)
             for start, stop, adapter in segments:

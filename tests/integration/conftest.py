@@ -45,7 +45,7 @@ def make_app(data_dir: Path, *, clock: Clock | None = None, **settings: Any) -> 
     """The application over an empty database; its time stands still at `START` unless a clock is given."""
     data_dir.mkdir(parents=True, exist_ok=True)
     fresh_database(data_dir).close()
-    app = create_app(Settings(data_dir=data_dir, **{"min_free_bytes": 0} | settings), clock)
+    app = create_app(Settings(data_dir=data_dir, **{"min_free_bytes": 0} | settings), clock or StillClock())
     app.state.context.engine = QuietEngine()
     return app
 

@@ -115,7 +115,19 @@ def test_every_requirement_is_pinned_within_its_range(project: dict[str, Any]) -
 def test_make_lists_its_targets() -> None:
     shown = subprocess.check_output(["make", "--directory", ROOT, "--no-print-directory"], text=True)
     targets = {line.split()[1] for line in shown.splitlines()}
-    assert targets == {"help", "setup", "demo", "run", "test", "test-more", "test-gpu", "check", "bench", "lock"}
+    assert targets == {
+        "help",
+        "setup",
+        "demo",
+        "run",
+        "test",
+        "test-more",
+        "test-gpu",
+        "acceptance",
+        "check",
+        "bench",
+        "lock",
+    }
 
 
 def test_ci_runs_the_checks_and_all_the_tests() -> None:

@@ -14,7 +14,7 @@ from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
 from service.ml.encode import encode
 from service.ml.engine import TOKEN_BUDGET, Engine, softmax
-from service.ml.manifest import FILE, Manifest
+from service.ml.manifest import FILE
 from tests.adapters import manifest, save_random_adapter, stock_logits
 from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, HIDDEN, QWEN3, labelled_texts
 
@@ -320,7 +320,9 @@ def ranks_that_differ(folder):
 
 
 def a_pair_without_shape(folder):
-    rewritten(folder, lambda t: t.update({first(t, "lora_A.weight"): torch.ones(4), first(t, "lora_B.weight"): torch.ones(4)}))
+    rewritten(
+        folder, lambda t: t.update({first(t, "lora_A.weight"): torch.ones(4), first(t, "lora_B.weight"): torch.ones(4)})
+    )
 
 
 def inputs_that_differ(folder):
@@ -334,7 +336,9 @@ def outputs_that_differ(folder):
 def a_layer_nobody_has(folder):
     def rename(tensors):
         for end in ("lora_A.weight", "lora_B.weight"):
-            tensors["base_model.model.model.layers.9.self_attn.q_proj." + end] = tensors.pop(first(tensors, "q_proj." + end))
+            tensors["base_model.model.model.layers.9.self_attn.q_proj." + end] = tensors.pop(
+                first(tensors, "q_proj." + end)
+            )
 
     rewritten(folder, rename)
 
@@ -419,7 +423,8 @@ def test_an_adapter_that_is_refused_leaves_the_engine_as_it_was(tiny_models, tmp
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("tensors", [{}, {"weight": torch.ones(3, HIDDEN)}, {"weight": torch.ones(3), "bias": torch.ones(3)},
+@pytest.mark.parametrize("tensors", [{}, {"weight": torch.ones(3, HIDDEN)},
+                                     {"weight": torch.ones(3), "bias": torch.ones(3)},
                                      {"weight": torch.ones(3, HIDDEN), "bias": torch.ones(2)}])  # fmt: skip
 def test_a_damaged_head_is_refused(tensors, tiny_models, tmp_path):
     save_file(tensors, tmp_path / HEAD)

@@ -146,7 +146,7 @@ def test_for_two_labels_the_head_is_half_of_scikit_learns_one_row_either_way(tin
     np.testing.assert_allclose(probe.weight[0], -probe.weight[1])
     np.testing.assert_array_equal(probe.bias, 0)
     x = base.states(train.texts)["head"]
-    scale = 1 / np.sqrt((x.astype(np.float64) ** 2).sum(1).mean())
+    scale = 1 / float(np.sqrt((x.astype(np.float64) ** 2).sum(1).mean()))
     fits = [
         LogisticRegression(C=c, max_iter=300, fit_intercept=False).fit(x * scale, train.label_ids)
         for c in (30.0, 300.0)

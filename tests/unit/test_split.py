@@ -11,7 +11,9 @@ from service.ml.labels import LabelSet
 from worker.split import PARTS, split_as_given, split_rows, stratified_subset
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
-WORDS = st.sampled_from(["Card", "card", " card ", "CARD  lost", "card lost", "ß", "SS", "İ", "a", "A\t", "b", "c", "d", "é"])
+WORDS = st.sampled_from(
+    ["Card", "card", " card ", "CARD  lost", "card lost", "ß", "SS", "İ", "a", "A\t", "b", "c", "d", "é"]
+)
 SHARED = {"max_examples": 60, "deadline": None}
 
 
@@ -66,8 +68,8 @@ def test_texts_that_are_equal_once_folded_stand_in_one_part(rows, seed):
 
 
 @settings(**SHARED)
-@given(st.dictionaries(st.text("abcdefgh", min_size=1, max_size=5), st.integers(0, 5), min_size=1), st.integers(0, 2**32 - 1),
-       st.integers(1, 3), some_shares())  # fmt: skip
+@given(st.dictionaries(st.text("abcdefgh", min_size=1, max_size=5), st.integers(0, 5), min_size=1),
+       st.integers(0, 2**32 - 1), st.integers(1, 3), some_shares())  # fmt: skip
 def test_a_label_with_three_different_texts_stands_in_every_part(label_of, seed, copies, shares):
     rows = [(text, label) for text, label in label_of.items() for _ in range(copies)]
     split = parts_of(rows, seed, shares)

@@ -1,7 +1,6 @@
 """Where a fine-tune stands, on disk: safetensors and JSON, never a pickle."""
 
 import json
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -60,7 +59,7 @@ class Checkpoint:
             save_file(getattr(self, name), partial / f"{name}.safetensors")
         (partial / _STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
+        partial.replace(target)
         for older in folder.glob("epoch-*"):
             if _number(older) < self.state.epoch - 1:
                 shutil.rmtree(older, ignore_errors=True)

@@ -260,7 +260,7 @@ class _Run:
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def epoch(self, number: int, on_step: Callable[[int, int], None]) -> None:
-        """One pass over the train rows. Order and dropout depend on seed and epoch alone, so a resumed run repeats them."""
+        """One pass over the train rows; order and dropout depend on seed and epoch alone, so resuming repeats them."""
         torch.manual_seed(self.recipe.seed * 1000 + number)
         rng = np.random.default_rng([self.recipe.seed, number])
         self.model.train()

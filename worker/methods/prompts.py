@@ -22,7 +22,8 @@ VERSION = "zero-shot-v1"
 _LABEL_PREFIX = re.compile(
     r"^(?:the\s+)?(?:label|category|class|answer|intent|topic)(?:\s+is)?\s*[:=\-]?\s+", re.IGNORECASE
 )
-_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+# A block whose beginning stood in the prompt is closed without having been opened.
+_THINKING = re.compile(r"\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)

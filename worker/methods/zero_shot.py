@@ -1,5 +1,6 @@
 """No training at all: a prompted model, or the similarity of text and label name where only an encoder is at hand."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from worker.methods.frozen import FrozenBase
 from worker.methods.prompts import PromptTemplate, parse_answer
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.predictions import NO_ANSWER, Predictions
+
+# Stand for the messages while the chat template is written around them.
+_PLACES = ("[[the system message]]", "[[the user message]]")
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,34 @@ class PromptedModel:
         self.name = source.base.name
 
     def encode_prompt(self, system: str, user: str) -> list[int]:
-        """Ids of one prompt: through the model's chat template where it has one, with no EOS at the end."""
-        if self.tokenizer.chat_template:
-            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-            prompt = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
+        """Ids of one prompt: through the model's chat template where it has one, with no EOS at the end.
+
+        Markup in the messages, such as a text's `<|im_end|>`, is text: it ends no turn and starts none.
+        """
+        ids: list[int]
+        if not self.tokenizer.chat_template:
+            ids = self.tokenizer(f"{system}\n\n{user}\nLabel:", split_special_tokens=True)["input_ids"]
+            while ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids = ids[:-1]
+            return ids
+        markup = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        if not any(token in system or token in user for token in markup):
             # The template writes the special tokens itself.
-            ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        else:
-            ids = self.tokenizer(f"{system}\n\n{user}\nLabel:")["input_ids"]
-        end = self.tokenizer.eos_token_id
-        while not self.tokenizer.chat_template and ids and ids[-1] == end:
-            ids = ids[:-1]
+            return list(self.tokenizer(self._chat(system, user), add_special_tokens=False)["input_ids"])
+        said = dict(zip(_PLACES, (system, user), strict=True))
+        pieces = re.split("|".join(f"({re.escape(place)})" for place in _PLACES), self._chat(*_PLACES))
+        ids = []
+        for piece in filter(None, pieces):
+            text, is_said = said.get(piece, piece), piece in said
+            ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=is_said)["input_ids"]
         return ids
+
+    def _chat(self, system: str, user: str) -> str:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        prompt: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        return prompt
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, on_progress: OnProgress) -> list[str]:

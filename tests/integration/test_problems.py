@@ -1,0 +1,181 @@
+"""One shape for every error, whatever it comes from."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+import worker.supervisor  # noqa: F401 -- errors that any room defines are to be known here
+from service.api.problems import STATUS
+from service.core.errors import AppError
+from service.storage import Storage
+from tests.integration.conftest import make_app
+from tests.problems import problem_of
+from tests.rows import add_job, add_published
+
+Start = Callable[..., TestClient]
+
+
+def every_error(kind: type[AppError] = AppError) -> Iterator[type[AppError]]:
+    for error in kind.__subclasses__():
+        yield error
+        yield from every_error(error)
+
+
+def test_every_error_has_a_status_and_a_slug_of_its_own() -> None:
+    errors = set(every_error())
+    assert errors == set(STATUS)
+    slugs = [error.code for error in errors]
+    assert len(set(slugs)) == len(slugs)
+    assert AppError.code not in slugs
+    for error in errors:
+        assert "code" in vars(error)
+        assert re.fullmatch(r"[a-z][a-z_]*", error.code)
+        assert error.__doc__
+        assert 400 <= STATUS[error] < 600
+
+
+@pytest.mark.parametrize("error", sorted(every_error(), key=lambda error: error.code), ids=lambda error: error.code)
+def test_every_error_is_answered_as_a_problem(tmp_path: Any, error: type[AppError]) -> None:
+    app = make_app(tmp_path / "data")
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise error(
+            "Expected one thing, found \ud800 another.", errors=[{"loc": ["a", "\ud800", 1], "message": "\udfff"}],
+            hint="Do this.",
+        )  # fmt: skip
+
+    with TestClient(app, client=("127.0.0.1", 1)) as client:
+        body = problem_of(client.get("/broken"), STATUS[error], error.code)
+    assert body["detail"] == "Expected one thing, found ? another. Do this."
+    assert body["errors"] == [{"loc": ["a", "?", 1], "message": "?"}]
+
+
+@pytest.mark.parametrize("error", [ValueError("a private text"), KeyError("a private text"), OSError(5, "a private text"),
+                                   ExceptionGroup("a private text", [ValueError("a private text")])],
+                         ids=lambda error: type(error).__name__)  # fmt: skip
+def test_what_breaks_on_our_side_is_a_500_that_tells_nothing_and_a_log_without_texts(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    app = make_app(tmp_path / "data")
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise error
+
+    with caplog.at_level(logging.DEBUG), TestClient(app, client=("127.0.0.1", 1)) as client:
+        answer = client.get("/broken", headers={"x-request-id": "find-me"})
+        body = problem_of(answer, 500, "internal")
+        assert client.get("/healthz").status_code == 200
+    assert body["request_id"] == "find-me"
+    assert "private" not in answer.text
+    logged = "\n".join(logging.Formatter().format(record) for record in caplog.records if record.name != "asyncio")
+    assert "find-me" in logged
+    assert type(error).__name__ in logged
+    assert "in broken" in logged
+    assert "a private text" not in logged
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/jobs/x/y/z", "/datasets//rows", "/%00", "/predict/x", "/ui", "/Jobs"])
+def test_an_unknown_path_is_a_404_problem(shared: TestClient, path: str) -> None:
+    problem_of(shared.get(path), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/predict", "POST"), ("PATCH", "/jobs", "POST"), ("DELETE", "/aliases/live", "PUT"), ("PUT", "/jobs/x", "GET"),
+     ("POST", "/healthz", "GET"), ("BREW", "/jobs", "POST")],
+)  # fmt: skip
+def test_a_method_that_is_not_offered_is_a_405_problem(shared: TestClient, method: str, path: str, allowed: str) -> None:
+    answer = shared.request(method, path)
+    problem_of(answer, 405, "method_not_allowed")
+    assert allowed in answer.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/jobs", "/docs", "/openapi.json", "/metrics", "/nothing", "/"])
+def test_every_answer_carries_a_request_id(shared: TestClient, path: str) -> None:
+    first, second = (shared.get(path).headers["x-request-id"] for _ in range(2))
+    assert first.startswith("req_")
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("abc-1.2_X", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("", False), ("é", False)]
+)
+def test_a_callers_request_id_is_kept_if_it_is_a_plain_one(shared: TestClient, given: str, kept: bool) -> None:
+    answer = shared.get("/nothing", headers={"x-request-id": given.encode("latin-1")})  # type: ignore[dict-item]
+    assert (answer.headers["x-request-id"] == given) is kept
+    assert answer.headers.get_list("x-request-id") == [answer.headers["x-request-id"]]
+    problem_of(answer, 404, "not_found")
+
+
+def test_metrics_count_routes_and_statuses_and_hold_nothing_anybody_wrote(start: Start) -> None:
+    client = start()
+    ctx = client.app.state.context  # type: ignore[attr-defined]
+    add_published(ctx.db, ctx.storage)
+    add_job(ctx.db)
+    for method, path in (("GET", "/jobs/job_private"), ("GET", "/private"), ("PRIVATE", "/jobs"), ("PUT", "/aliases/private")):
+        client.request(method, path, headers={"x-request-id": "private"})
+    answer = client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "rivate" not in answer.text.lower().replace("private_", "")
+    assert 'tuneproof_requests_total{method="GET",route="/jobs/{job_id}",status="404"} 1.0' in answer.text
+    assert 'tuneproof_jobs{status="queued"} 1.0' in answer.text
+    assert 'tuneproof_jobs{status="succeeded"} 1.0' in answer.text
+    assert "tuneproof_engine_up 1.0" in answer.text
+
+
+def test_a_service_that_cannot_work_says_what_is_missing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = start()
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["checks"]["storage"]) == (200, "ok")
+    assert "tuneproof worker" in ready.json()["checks"]["workers"]
+
+    def away(_storage: Storage) -> None:
+        raise OSError("/secret/path is away")
+
+    monkeypatch.setattr(Storage, "probe", away)
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (503, "not_ready")
+    assert answer.json()["checks"]["storage"] == "cannot be reached (OSError)"
+    assert answer.headers["retry-after"]
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing_up(tmp_path: Any) -> None:
+    from datetime import timedelta
+
+    from service.db import jobs
+    from service.main import _round
+    from tests.rows import GRACE, StillClock, claim
+
+    clock = StillClock()
+    app = make_app(tmp_path / "data", clock=clock)
+    ctx = app.state.context
+    for _ in range(2):
+        add_job(ctx.db)
+        lease = claim(ctx.db).lease
+        (tmp_path / "data" / "storage" / lease.prefix).mkdir(parents=True)
+        jobs.fail(ctx.db, lease, {"code": "internal", "message": "", "hint": None}, clock.now, GRACE)
+    job_folders = sorted((tmp_path / "data" / "storage" / "jobs").glob("*/*"))
+    real = ctx.storage.delete
+
+    def delete(prefix: str) -> None:
+        if prefix.startswith(f"jobs/{job_folders[0].parent.name}"):
+            raise OSError("read-only")
+        real(prefix)
+
+    ctx.storage.delete = delete
+    _round(ctx)
+    assert all(folder.exists() for folder in job_folders)
+    clock.now += GRACE + timedelta(seconds=1)
+    _round(ctx)
+    assert [folder.exists() for folder in job_folders] == [True, False]
+    ctx.storage.delete = real
+    _round(ctx)
+    assert not job_folders[0].exists()
+    assert jobs.due_garbage(ctx.db, clock.now) == []
