@@ -27,10 +27,13 @@ def shared_data() -> Path:
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `TUNEPROOF_MODELS_DIR` with every model of `tests.tiny`. Read it, never write to it."""
     import torch
+    from threadpoolctl import threadpool_limits
     from transformers.utils import logging
 
     from tests.tiny import build_all
 
-    torch.set_num_threads(1)  # a second thread costs these models more than it gives
+    # In this process alone: a second thread costs these models more than it gives.
+    torch.set_num_threads(1)
+    threadpool_limits(1)
     logging.disable_progress_bar()
     return build_all(tmp_path_factory.mktemp("models"))

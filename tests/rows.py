@@ -55,7 +55,9 @@ def fresh_database(folder: Path) -> Database:
     return database
 
 
-def add_dataset(db: Database, *, labels: tuple[str, ...] = ("a", "b"), storage_key: str = "", now: datetime = START) -> str:
+def add_dataset(
+    db: Database, *, labels: tuple[str, ...] = ("a", "b"), storage_key: str = "", now: datetime = START
+) -> str:
     """A dataset as an upload would leave it, without its bytes."""
     dataset_id = new_id("ds")
     profile = {

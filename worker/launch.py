@@ -36,7 +36,7 @@ class Launcher(Protocol):
 
 
 class LocalChild:
-    """`python -P -m worker.run FOLDER` in a session of its own; ends when this process does, however that is.
+    """`python -P -m worker.child FOLDER` in a session of its own; ends when this process does, however that is.
 
     Its threads sleep while they wait: where others want the same cores, spinning ones made it 3.5 times slower.
     """
@@ -44,7 +44,7 @@ class LocalChild:
     def __init__(self, folder: Path) -> None:
         with (folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "worker.run", str(folder), "--supervised"],
+                [sys.executable, "-P", "-m", "worker.child", str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                 env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
             )  # fmt: skip
@@ -63,8 +63,8 @@ class LocalChild:
                 yield self._said.get_nowait()
 
     def ended(self) -> int | None:
-        # Not before everything it said has been read.
-        return None if self._reader.is_alive() else self._process.wait()
+        # Not before everything it said has been read. It may hang after its last word, so it is not waited for.
+        return None if self._reader.is_alive() else self._process.poll()
 
     def ask_to_stop(self) -> None:
         self._signal(signal.SIGTERM, group=False)

@@ -1,6 +1,5 @@
 """Before any work: which base models, which rows, which split, and what every `auto` of the spec comes to."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AutoConfig
 
 from service.core.errors import InvalidData, ModelUnavailable
 from service.core.spec import JobSpec
@@ -138,11 +138,13 @@ def _read(spec: JobSpec, file: Path, table_format: TableFormat) -> tuple[Table, 
     for part in PARTS:
         if len(split.part(part)) == 0:
             raise InvalidData(f"No row is left for the {part} part.", hint="Upload more rows, or ask for other shares.")
+    if len(np.unique(table.label_ids[split.train])) < 2:
+        raise InvalidData("All train rows have the same label.", hint="Give the train part rows of two labels or more.")
     return table, split, algorithm
 
 
 def _resolve(spec: JobSpec, base: Located, prompt_model: Located | None, n_train: int, device: torch.device) -> JobSpec:
-    hidden_size = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
+    hidden_size = AutoConfig.from_pretrained(base.folder, local_files_only=True).hidden_size
     decided = {
         "epochs": auto_epochs(n_train), "batch_size": 32, "learning_rate": auto_learning_rate(hidden_size),
         "precision": training_precision(device),

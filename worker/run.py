@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -141,8 +140,10 @@ class Experiment:
         self.reporter.spec(self.spec.model_dump())
         write_split(self.out / "split.csv", self.table, self.split)
         self.dtype = DTYPES[serving_precision(self.device)]
-        engine = Engine(load_backbone(ready.base, device=self.device, dtype=self.dtype))
-        self.base = FrozenBase(engine, self.spec.train.max_length)
+        backbone = load_backbone(ready.base, device=self.device, dtype=self.dtype)
+        if self.spec.trains:
+            backbone.attention_projections()  # raises where there is nothing to put LoRA on
+        self.base = FrozenBase(Engine(backbone), self.spec.train.max_length)
 
     def _baselines(self) -> None:
         methods = self.spec.baseline.methods
@@ -323,21 +324,8 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
     raise _Stopped
 
 
-def _die_with_supervisor() -> None:
-    """Ends this process at once when the supervisor's end of standard input closes, however it died."""
-
-    def watch() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(STOPPED)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def main(arguments: list[str]) -> int:
-    """`python -m worker.run FOLDER [--supervised]`. Gives the exit status: 0 done, 1 failed, 75 stopped."""
-    if arguments[1:] == ["--supervised"]:
-        _die_with_supervisor()
+    """`python -m worker.run FOLDER`. Gives the exit status: 0 done, 1 failed, 75 stopped."""
     signal.signal(signal.SIGTERM, _stop)
     transformers_logging.set_verbosity_error()  # that a fresh head is missing from the checkpoint is no news
     transformers_logging.disable_progress_bar()

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -167,7 +168,11 @@ class Attempt:
         # A child that is ahead may have removed it by now; the next one is on its way.
         with contextlib.suppress(FileNotFoundError):
             self.storage.put_folder(folder, prefix)
-            jobs.keep_checkpoint(self.db, self.lease, prefix, self._now(), self.supervisor.grace)
+            try:
+                jobs.keep_checkpoint(self.db, self.lease, prefix, self._now(), self.supervisor.grace)
+            except LeaseLost:
+                self.storage.delete(prefix)
+                raise
 
     def _keep_lease(self) -> None:
         now = time.monotonic()
@@ -201,8 +206,8 @@ class Attempt:
             self._fail(outcome.error)
         elif self.supervisor.stop.is_set():
             jobs.give_back(self.db, self.lease, self._now(), self.supervisor.grace)
-        elif status is not None and status < 0:
-            reason = f"its process was ended by signal {-status}"
+        elif status is not None and (status < 0 or status == os.EX_TEMPFAIL):
+            reason = f"its process was ended by signal {-status}" if status < 0 else "its process was told to stop"
             jobs.lose(
                 self.db, self.lease, reason, self.settings.max_attempts, self._now(), self.supervisor.grace
             )  # fmt: skip
@@ -223,17 +228,16 @@ class Attempt:
             ]
             models = []
             for made in result["models"]:
-                model = self._put_model(self.place / made["folder"], made["method"], summary)
-                models.append(model)
-                prefixes.append(model.storage_prefix)
+                model_id = new_id("mdl")
+                prefixes.append(f"models/{model_id}")
+                models.append(self._put_model(model_id, self.place / made["folder"], made["method"], summary))
             jobs.publish(self.db, self.lease, artifacts, models, summary, self._now(), self.supervisor.grace)
         except LeaseLost:
             for prefix in prefixes:
                 self.storage.delete(prefix)
             jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
 
-    def _put_model(self, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:
-        model_id = new_id("mdl")
+    def _put_model(self, model_id: str, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:
         prefix = f"models/{model_id}"
         stored = self._put_all(folder, prefix)
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ def metrics(request: Request, ctx: Ctx) -> Response:
     """Prometheus."""
     meters = request.app.state.meters
     with ctx.db.read() as session:
-        counts = dict(session.execute(select(Job.status, func.count()).group_by(Job.status)).tuples().all())
+        counts = dict(session.execute(select(Job.status, func.count()).group_by(Job.status)).all())
     for status in ("queued", "running", "cancelling", "succeeded", "failed", "cancelled"):
         meters.jobs.labels(status).set(counts.get(status, 0))
     meters.engine_up.set(float(ctx.engine.running))

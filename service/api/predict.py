@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, json_body
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, UsageOut
-from service.core.errors import InvalidInput
+from service.core.errors import InvalidData, InvalidInput
 from service.db import catalog
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
@@ -27,10 +27,12 @@ async def _body(request: Request, ctx: Ctx) -> PredictIn:
 async def predict(ctx: Ctx, body: Annotated[PredictIn, Depends(_body)]) -> PredictOut:
     """Labels for texts, in their order, all from one published version of one model."""
     texts = _checked(ctx, body.all_texts)
-    model_id, served = await run_in_threadpool(_find, ctx, body.model)
+    served, labels = await run_in_threadpool(_find, ctx, body.model)
     scores = await ctx.engine.predict(served, texts)
+    if list(scores.labels) != labels:
+        raise InvalidData("The labels in the saved model's manifest are not the ones that were published.")
     return PredictOut(
-        model_id=model_id,
+        model_id=served.id,
         predictions=[_prediction(scores, row, body) for row in range(len(texts))],
         usage=UsageOut(texts=len(texts), tokens=scores.tokens),
     )
@@ -49,11 +51,11 @@ def _checked(ctx: Context, texts: list[str]) -> list[str]:
     return texts
 
 
-def _find(ctx: Context, id_or_alias: str) -> tuple[str, ServedModel]:
+def _find(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str]]:
     with ctx.db.read() as session:
         model = catalog.find_model(session, id_or_alias)
     files = tuple(model.files)
-    return model.id, ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, files)
+    return ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, files), model.labels
 
 
 def _prediction(scores: Scores, row: int, body: PredictIn) -> PredictionOut:

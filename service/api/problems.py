@@ -156,8 +156,10 @@ def _values(node: dict[str, Any]) -> str:
     if "const" in node or "enum" in node:
         return ", ".join(repr(value) for value in node.get("enum", [node.get("const")]))
     for least, most, unit in (
-        ("minimum", "maximum", ""), ("minLength", "maxLength", " characters"), ("minProperties", "maxProperties", " pairs"),
-    ):  # fmt: skip
+        ("minimum", "maximum", ""),
+        ("minLength", "maxLength", " characters"),
+        ("minProperties", "maxProperties", " pairs"),
+    ):
         low, high = node.get(least), node.get(most)
         if high is not None:
             return (f"at most {high}" if low is None else f"{low} to {high}") + unit

@@ -113,9 +113,7 @@ class EngineHandle:
                 await process.stdin.drain()
                 message = await answer
         except TimeoutError:
-            raise DeadlinePassed(
-                f"No answer within {allowed:g} s. Send fewer texts a call, or ask later."
-            ) from None
+            raise DeadlinePassed(f"No answer within {allowed:g} s. Send fewer texts a call, or ask later.") from None
         except (ConnectionError, RuntimeError):
             raise EngineUnavailable("The engine was lost and is being started again. Ask again in a moment.") from None
         finally:

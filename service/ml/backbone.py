@@ -54,13 +54,22 @@ class Backbone:
         return int(config.hidden_size)
 
     def attention_projections(self) -> list[str]:
-        """Names of the attention's linear layers from the block on: `self_attn.q_proj`, `attention.self.query`."""
+        """Names of the attention's linear layers from the block on: `self_attn.q_proj`, `attention.self.query`.
+
+        Raises:
+            ModelUnavailable: the architecture's attention has no linear layers (GPT-2 has convolutions).
+        """
         names = set()
         for name, module in self.model.named_modules():
             parts = name.split(".")
             if isinstance(module, nn.Linear) and _ATTENTION.intersection(parts):
                 start = next(i for i, part in enumerate(parts) if part in _ATTENTION)
                 names.add(".".join(parts[start:]))
+        if not names:
+            raise ModelUnavailable(
+                f"Base model {self.source.base.name!r} cannot be fine-tuned: its attention has no linear layers.",
+                hint="Use another base model, or a baseline job on this one.",
+            )
         return sorted(names)
 
     def inputs(self, ids: Sequence[list[int]]) -> dict[str, Tensor]:

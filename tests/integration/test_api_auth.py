@@ -146,7 +146,9 @@ def test_with_no_key_loopback_may_do_everything(start: Start, client: tuple[str,
     problem_of(started.get("/jobs", headers={"authorization": "Bearer x"}), 401, "unauthorized")
 
 
-@pytest.mark.parametrize("client", [ELSEWHERE, ("10.0.0.1", 1), ("2001:db8::1", 1), ("::ffff:203.0.113.7", 1), ("0.0.0.0", 1)])
+@pytest.mark.parametrize(
+    "client", [ELSEWHERE, ("10.0.0.1", 1), ("2001:db8::1", 1), ("::ffff:203.0.113.7", 1), ("0.0.0.0", 1)]
+)
 def test_with_no_key_nobody_else_may_do_anything(start: Start, client: tuple[str, int]) -> None:
     started = start(client=client)
     for route in GUARDED:

@@ -60,7 +60,13 @@ def test_an_upload_is_answered_with_its_profile(client: TestClient) -> None:
 
 @pytest.mark.parametrize(
     ("filename", "name"),
-    [("../../etc/passwd", "passwd"), ("C:\\x\\t.csv", "t"), ("a\u202eb.csv", "ab"), (".csv", ".csv"), ("x" * 300, "x" * 200)],
+    [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\x\\t.csv", "t"),
+        ("a\u202eb.csv", "ab"),
+        (".csv", ".csv"),
+        ("x" * 300, "x" * 200),
+    ],
 )
 def test_a_files_name_is_only_ever_shown(client: TestClient, filename: str, name: str) -> None:
     assert upload(client, GOOD, filename).json()["name"] == name
@@ -80,7 +86,10 @@ def test_a_dataset_without_labels_is_taken_when_it_says_so(client: TestClient) -
 
 
 def test_bad_spots_that_leave_the_file_usable_are_warnings(client: TestClient) -> None:
-    content = GOOD + b"a text about refund 0,fee\n,fee\nno label here,\nA text  about FEE 1,fee\nanother,Fee\nmore,Fee\nlast,Fee\n"
+    content = (
+        GOOD
+        + b"a text about refund 0,fee\n,fee\nno label here,\nA text  about FEE 1,fee\nanother,Fee\nmore,Fee\nlast,Fee\n"
+    )
     body = upload(client, content).json()
     warnings = {warning["code"]: warning for warning in body["warnings"]}
     assert set(warnings) == {"conflicting_labels", "duplicate_text", "empty_text", "empty_label", "label_variants"}
@@ -168,11 +177,20 @@ WHOLE: dict[str, tuple[bytes, dict[str, str], str, str]] = {
     "a column that is not there": (GOOD, {"label_column": "topic"}, "column_not_found", "label"),
     "a column beyond the last": (GOOD, {"text_column": "7"}, "column_not_found", "text"),
     "the same column twice": (GOOD, {"text_column": "text", "label_column": "text"}, "column_not_found", "different"),
-    "no label column": (b"text\n" + b"".join(b"words of row %d\n" % i for i in range(9)), {}, "column_not_found", "text"),
-    "a split of other names": (b"text,label,part\n" + b"".join(b"t%d,%s,x\n" % (i, b"ab"[i % 2:i % 2 + 1]) for i in range(8)),
-                               {"split_column": "part"}, "invalid_split", "part"),
+    "no label column": (
+        b"text\n" + b"".join(b"words of row %d\n" % i for i in range(9)),
+        {},
+        "column_not_found",
+        "text",
+    ),
+    "a split of other names": (
+        b"text,label,part\n" + b"".join(b"t%d,%s,x\n" % (i, b"ab"[i % 2 : i % 2 + 1]) for i in range(8)),
+        {"split_column": "part"},
+        "invalid_split",
+        "part",
+    ),
     "a delimiter of two characters": (GOOD, {"delimiter": "||"}, "invalid_data", "one character"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WHOLE)
@@ -191,9 +209,15 @@ def test_rare_labels_are_dropped_when_asked_and_said_so(client: TestClient) -> N
 
 @pytest.mark.parametrize(
     ("form", "field"),
-    [({"rare_labels": "keep"}, "rare_labels"), ({"labelled": "perhaps"}, "labelled"), ({"has_header": "2"}, "has_header"),
-     ({"name": "x" * 201}, "name"), ({"lable_column": "x"}, "lable_column"), ({"delimiter": "x" * 11}, "delimiter")],
-)  # fmt: skip
+    [
+        ({"rare_labels": "keep"}, "rare_labels"),
+        ({"labelled": "perhaps"}, "labelled"),
+        ({"has_header": "2"}, "has_header"),
+        ({"name": "x" * 201}, "name"),
+        ({"lable_column": "x"}, "lable_column"),
+        ({"delimiter": "x" * 11}, "delimiter"),
+    ],
+)
 def test_a_wrong_form_field_is_422_and_named(client: TestClient, form: dict[str, str], field: str) -> None:
     body = problem_of(upload(client, GOOD, **form), 422, "invalid_input")
     assert [entry["loc"] for entry in body["errors"]] == [[field]]
@@ -307,9 +331,24 @@ def test_the_list_is_newest_first_and_goes_on_after_an_id(start: Start) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=201", "limit=x", "limit=", "limit=1e1", f"limit={2**63}", f"limit={'9' * 5000}", "after=x", "after=",
-     "after=job_0", "after=ds_", "after=ds_" + "0" * 61, "after=ds_0%0A", "after=ds_%00", "after=%ED%A0%80"],
-)  # fmt: skip
+    [
+        "limit=0",
+        "limit=201",
+        "limit=x",
+        "limit=",
+        "limit=1e1",
+        f"limit={2**63}",
+        f"limit={'9' * 5000}",
+        "after=x",
+        "after=",
+        "after=job_0",
+        "after=ds_",
+        "after=ds_" + "0" * 61,
+        "after=ds_0%0A",
+        "after=ds_%00",
+        "after=%ED%A0%80",
+    ],
+)
 def test_a_list_with_a_wrong_limit_or_after_is_422(client: TestClient, query: str) -> None:
     body = problem_of(client.get(f"/datasets?{query}"), 422, "invalid_input")
     assert body["errors"][0]["loc"] == ["query", query.partition("=")[0]]

@@ -54,7 +54,13 @@ def test_a_job_is_accepted_with_every_default_in_its_spec(client: TestClient) ->
         "experiment", "tickets", "queued", False, None
     )  # fmt: skip
     assert job["progress"] == {"fraction": 0.0, "message": "", "eta_seconds": None}
-    assert (job["attempt"], job["started_at"], job["finished_at"], job["error"], job["summary"]) == (0, None, None, None, None)
+    assert (job["attempt"], job["started_at"], job["finished_at"], job["error"], job["summary"]) == (
+        0,
+        None,
+        None,
+        None,
+        None,
+    )
     assert (job["artifacts"], job["model_id"], job["metadata"]) == ([], None, {"ticket": "ABC-1"})
     assert job["spec"] == {
         "kind": "experiment", "name": "tickets", "base_model": "auto", "seed": 42,
@@ -199,7 +205,14 @@ def test_an_unknown_field_is_422_and_named(client: TestClient, field: str) -> No
 
 @pytest.mark.parametrize(
     ("methods", "fine"),
-    [(["majority"], True), ([], False), (["majority", "majority"], False), (["lora"], False), ("majority", False), ([1], False)],
+    [
+        (["majority"], True),
+        ([], False),
+        (["majority", "majority"], False),
+        (["lora"], False),
+        ("majority", False),
+        ([1], False),
+    ],
 )
 def test_methods_are_known_and_each_is_named_once(client: TestClient, methods: Any, fine: bool) -> None:
     answer = post(client, baseline={"methods": methods})
@@ -253,7 +266,9 @@ def test_a_broken_body_is_422_and_never_500(client: TestClient, what: str) -> No
     problem_of(post_raw(client, RAW[what]), 422, "invalid_input")
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "text/csv", "application/jsonp", "x"])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "text/csv", "application/jsonp", "x"]
+)
 def test_another_content_type_is_422(client: TestClient, kind: str) -> None:
     body = problem_of(client.post("/jobs", content=b"{}", headers={"content-type": kind}), 422, "invalid_input")
     assert "application/json" in body["detail"]
@@ -261,7 +276,9 @@ def test_another_content_type_is_422(client: TestClient, kind: str) -> None:
 
 def test_json_by_another_name_and_a_charset_is_json(client: TestClient) -> None:
     for kind in ("application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.x+json"):
-        problem_of(client.post("/jobs", content=b'{"dataset_id": "ds_0"}', headers={"content-type": kind}), 404, "not_found")
+        problem_of(
+            client.post("/jobs", content=b'{"dataset_id": "ds_0"}', headers={"content-type": kind}), 404, "not_found"
+        )
 
 
 def test_a_spec_past_a_megabyte_is_413(client: TestClient) -> None:
@@ -290,7 +307,11 @@ def test_a_running_job_shows_where_it_stands(start: Start) -> None:
     problem_of(client.post(f"/jobs/{job_id}/retry"), 409, "conflict")
     problem_of(client.delete(f"/datasets/{job['dataset_id']}"), 409, "conflict")
     cancelling = client.post(f"/jobs/{job_id}/cancel")
-    assert (cancelling.status_code, cancelling.json()["status"], cancelling.json()["terminal"]) == (202, "cancelling", False)
+    assert (cancelling.status_code, cancelling.json()["status"], cancelling.json()["terminal"]) == (
+        202,
+        "cancelling",
+        False,
+    )
     jobs.confirm_cancelled(db, lease, START, GRACE)
     problem_of(client.post(f"/jobs/{job_id}/cancel"), 409, "conflict")
     retried = client.post(f"/jobs/{job_id}/retry")
@@ -320,7 +341,11 @@ def test_events_are_oldest_first_and_go_on_after_an_id(start: Start) -> None:
     lease = claim(db).lease
     jobs.report(db, lease, START, events=[("info", "message", f"note {i}", {"i": i}) for i in range(5)])
     page = client.get(f"/jobs/{job_id}/events").json()
-    assert [event["message"] for event in page["data"]] == ["queued", "attempt 1 started", *(f"note {i}" for i in range(5))]
+    assert [event["message"] for event in page["data"]] == [
+        "queued",
+        "attempt 1 started",
+        *(f"note {i}" for i in range(5)),
+    ]
     assert set(page["data"][0]) == {"id", "job_id", "created_at", "level", "type", "message", "data"}
     first = client.get(f"/jobs/{job_id}/events?limit=2").json()
     assert (len(first["data"]), first["has_more"]) == (2, True)
@@ -409,10 +434,19 @@ WEIGHTS = ARTIFACTS["adapter/adapter_model.safetensors"]
 
 @pytest.mark.parametrize(
     ("asked", "start", "stop"),
-    [("bytes=0-0", 0, 1), ("bytes=5-9", 5, 10), ("bytes=250-", 250, 256), ("bytes=-6", 250, 256), ("bytes=-999", 0, 256),
-     ("bytes=250-999999999999", 250, 256), ("bytes=0-", 0, 256)],
-)  # fmt: skip
-def test_a_range_is_206_and_says_which(client: TestClient, left: tuple[str, str], asked: str, start: int, stop: int) -> None:
+    [
+        ("bytes=0-0", 0, 1),
+        ("bytes=5-9", 5, 10),
+        ("bytes=250-", 250, 256),
+        ("bytes=-6", 250, 256),
+        ("bytes=-999", 0, 256),
+        ("bytes=250-999999999999", 250, 256),
+        ("bytes=0-", 0, 256),
+    ],
+)
+def test_a_range_is_206_and_says_which(
+    client: TestClient, left: tuple[str, str], asked: str, start: int, stop: int
+) -> None:
     path = f"/jobs/{left[0]}/artifacts/adapter/adapter_model.safetensors"
     answer = client.get(path, headers={"range": asked})
     assert (answer.status_code, answer.content) == (206, WEIGHTS[start:stop])
@@ -428,7 +462,8 @@ def test_a_range_past_the_end_is_416_and_tells_the_size(client: TestClient, left
 
 
 @pytest.mark.parametrize(
-    "asked", ["bytes=-", "bytes=5-2", "lines=0-1", "bytes=0-1,4-5", "bytes=a-b", "x", "bytes=" + "9" * 5000 + "-", "bytes=²-"]
+    "asked",
+    ["bytes=-", "bytes=5-2", "lines=0-1", "bytes=0-1,4-5", "bytes=a-b", "x", "bytes=" + "9" * 5000 + "-", "bytes=²-"],
 )
 def test_a_range_nobody_understands_gives_the_whole_file(client: TestClient, left: tuple[str, str], asked: str) -> None:
     path = f"/jobs/{left[0]}/artifacts/adapter/adapter_model.safetensors"
@@ -445,10 +480,24 @@ def test_a_range_of_another_version_gives_the_whole_file(client: TestClient, lef
 
 @pytest.mark.parametrize(
     "name",
-    ["../metrics.json", "..%2fmetrics.json", "%2e%2e/%2e%2e/tuneproof.db", "%252e%252e%252ftuneproof.db", "metrics.json%00",
-     "adapter", "adapter/", "adapter/%2e%2e/metrics.json", "/etc/passwd", "%2fetc%2fpasswd", "METRICS.JSON", "metrics.json/",
-     "a" * 3000, "%ED%A0%80", "none.csv"],
-)  # fmt: skip
+    [
+        "../metrics.json",
+        "..%2fmetrics.json",
+        "%2e%2e/%2e%2e/tuneproof.db",
+        "%252e%252e%252ftuneproof.db",
+        "metrics.json%00",
+        "adapter",
+        "adapter/",
+        "adapter/%2e%2e/metrics.json",
+        "/etc/passwd",
+        "%2fetc%2fpasswd",
+        "METRICS.JSON",
+        "metrics.json/",
+        "a" * 3000,
+        "%ED%A0%80",
+        "none.csv",
+    ],
+)
 def test_an_artifact_of_an_odd_name_is_404(client: TestClient, left: tuple[str, str], name: str) -> None:
     problem_of(client.get(f"/jobs/{left[0]}/artifacts/{name}"), 404, "not_found")
 
@@ -485,7 +534,11 @@ def test_a_model_is_shown_listed_and_downloaded(client: TestClient, left: tuple[
     shown = client.get(f"/models/{left[1]}").json()
     assert set(shown) == {"id", "name", "version", "method", "job_id", "base_model", "base_revision", "labels",
                           "created_at", "aliases", "metrics", "size_bytes"}  # fmt: skip
-    assert (shown["job_id"], shown["labels"], shown["metrics"]) == (left[0], ["a", "b"], {"accuracy": 0.9, "macro_f1": 0.9})
+    assert (shown["job_id"], shown["labels"], shown["metrics"]) == (
+        left[0],
+        ["a", "b"],
+        {"accuracy": 0.9, "macro_f1": 0.9},
+    )
     assert client.get("/models").json()["data"] == [shown]
     assert client.get(f"/jobs/{left[0]}").json()["model_id"] == left[1]
     answer = client.get(f"/models/{left[1]}/download")
@@ -525,7 +578,9 @@ def test_an_alias_of_the_pattern_is_allowed(client: TestClient, left: tuple[str,
     assert client.put(f"/aliases/{alias}", json={"model_id": left[1]}).status_code == 200
 
 
-@pytest.mark.parametrize("alias", ["Live", "-a", ".a", "_a", "a" * 65, "a b", "a%0A", "mdl_0", "mdl_x", "%C3%A4", "a%00", "%ED%A0%80"])
+@pytest.mark.parametrize(
+    "alias", ["Live", "-a", ".a", "_a", "a" * 65, "a b", "a%0A", "mdl_0", "mdl_x", "%C3%A4", "a%00", "%ED%A0%80"]
+)
 def test_an_alias_of_another_pattern_is_422(client: TestClient, left: tuple[str, str], alias: str) -> None:
     problem_of(client.put(f"/aliases/{alias}", json={"model_id": left[1]}), 422, "invalid_input")
 

@@ -55,9 +55,16 @@ def test_every_error_is_answered_as_a_problem(tmp_path: Any, error: type[AppErro
     assert body["errors"] == [{"loc": ["a", "?", 1], "message": "?"}]
 
 
-@pytest.mark.parametrize("error", [ValueError("a private text"), KeyError("a private text"), OSError(5, "a private text"),
-                                   ExceptionGroup("a private text", [ValueError("a private text")])],
-                         ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a private text"),
+        KeyError("a private text"),
+        OSError(5, "a private text"),
+        ExceptionGroup("a private text", [ValueError("a private text")]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_what_breaks_on_our_side_is_a_500_that_tells_nothing_and_a_log_without_texts(
     tmp_path: Any, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
@@ -87,16 +94,26 @@ def test_an_unknown_path_is_a_404_problem(shared: TestClient, path: str) -> None
 
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
-    [("GET", "/predict", "POST"), ("PATCH", "/jobs", "POST"), ("DELETE", "/aliases/live", "PUT"), ("PUT", "/jobs/x", "GET"),
-     ("POST", "/healthz", "GET"), ("BREW", "/jobs", "POST")],
-)  # fmt: skip
-def test_a_method_that_is_not_offered_is_a_405_problem(shared: TestClient, method: str, path: str, allowed: str) -> None:
+    [
+        ("GET", "/predict", "POST"),
+        ("PATCH", "/jobs", "POST"),
+        ("DELETE", "/aliases/live", "PUT"),
+        ("PUT", "/jobs/x", "GET"),
+        ("POST", "/healthz", "GET"),
+        ("BREW", "/jobs", "POST"),
+    ],
+)
+def test_a_method_that_is_not_offered_is_a_405_problem(
+    shared: TestClient, method: str, path: str, allowed: str
+) -> None:
     answer = shared.request(method, path)
     problem_of(answer, 405, "method_not_allowed")
     assert allowed in answer.headers["allow"]
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/jobs", "/docs", "/openapi.json", "/metrics", "/nothing", "/"])
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/jobs", "/docs", "/openapi.json", "/metrics", "/nothing", "/"]
+)
 def test_every_answer_carries_a_request_id(shared: TestClient, path: str) -> None:
     first, second = (shared.get(path).headers["x-request-id"] for _ in range(2))
     assert first.startswith("req_")
@@ -104,7 +121,8 @@ def test_every_answer_carries_a_request_id(shared: TestClient, path: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"), [("abc-1.2_X", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("", False), ("é", False)]
+    ("given", "kept"),
+    [("abc-1.2_X", True), ("x" * 128, True), ("x" * 129, False), ("a b", False), ("", False), ("é", False)],
 )
 def test_a_callers_request_id_is_kept_if_it_is_a_plain_one(shared: TestClient, given: str, kept: bool) -> None:
     answer = shared.get("/nothing", headers={"x-request-id": given.encode("latin-1")})  # type: ignore[dict-item]
@@ -118,7 +136,12 @@ def test_metrics_count_routes_and_statuses_and_hold_nothing_anybody_wrote(start:
     ctx = client.app.state.context  # type: ignore[attr-defined]
     add_published(ctx.db, ctx.storage)
     add_job(ctx.db)
-    for method, path in (("GET", "/jobs/job_private"), ("GET", "/private"), ("PRIVATE", "/jobs"), ("PUT", "/aliases/private")):
+    for method, path in (
+        ("GET", "/jobs/job_private"),
+        ("GET", "/private"),
+        ("PRIVATE", "/jobs"),
+        ("PUT", "/aliases/private"),
+    ):
         client.request(method, path, headers={"x-request-id": "private"})
     answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")

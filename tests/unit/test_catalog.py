@@ -231,8 +231,8 @@ def test_an_error_of_the_database_does_not_quote_a_text(db: Database) -> None:
     add_dataset(db)
     with db.read() as session:
         known = session.scalars(select(Dataset)).one()
+    values = {column.key: getattr(known, column.key) for column in Dataset.__table__.columns}
     with pytest.raises(IntegrityError) as caught, db.write() as session:
-        values = {column.key: getattr(known, column.key) for column in Dataset.__table__.columns}
         session.add(Dataset(**values | {"name": "a private text"}))
     assert "private" not in str(caught.value)
 

@@ -20,7 +20,18 @@ from service.db import jobs
 from service.db.engine import Database
 from service.db.jobs import Lease, Progress
 from service.db.models import Artifact, Event, Garbage, Job, Model
-from tests.rows import GRACE, LEASE_SECONDS, START, add_dataset, add_job, artifact, claim, fresh_database, model, read_job
+from tests.rows import (
+    GRACE,
+    LEASE_SECONDS,
+    START,
+    add_dataset,
+    add_job,
+    artifact,
+    claim,
+    fresh_database,
+    model,
+    read_job,
+)
 
 MAX_ATTEMPTS = 3
 LATER = START + timedelta(seconds=LEASE_SECONDS + 1)
@@ -143,7 +154,7 @@ WRITES: dict[str, Callable[[Database, Lease], object]] = {
     "lose": lambda db, lease: jobs.lose(db, lease, "killed", MAX_ATTEMPTS, LATER, GRACE),
     "give_back": lambda db, lease: jobs.give_back(db, lease, LATER, GRACE),
     "confirm_cancelled": lambda db, lease: jobs.confirm_cancelled(db, lease, LATER, GRACE),
-    "status_under": lambda db, lease: jobs.status_under(db, lease),
+    "status_under": jobs.status_under,
 }
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
 
+from service.core.errors import ModelUnavailable
 from service.core.spec import TrainSpec
 from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
@@ -353,6 +354,19 @@ def test_the_projections_are_those_of_the_architecture_at_hand(tiny_models):
         backbone = frozen(tiny_models, name).engine.backbone
         wanted = sorted(target.rpartition(".")[2] for target in TARGETS[kind])
         assert sorted(target.rpartition(".")[2] for target in backbone.attention_projections()) == wanted
+
+
+def test_an_architecture_without_linear_attention_is_told_and_not_a_crash(tiny_models, tmp_path):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models / QWEN3)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    base = frozen(tmp_path, "gpt2")
+    assert np.isfinite(base.states(VALIDATION.texts)["head"]).all()  # as a frozen base it serves
+    with pytest.raises(ModelUnavailable):
+        base.engine.backbone.attention_projections()
 
 
 # Small pieces --------------------------------------------------------------------------------------

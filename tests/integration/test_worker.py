@@ -1,0 +1,603 @@
+"""The supervisor: with children that follow a script here, and with real ones (marked `more`) at the end."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import delete, select
+
+from service.core.settings import Settings
+from service.db import catalog, jobs
+from service.db.engine import Database
+from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
+from tests.rows import GRACE, START, StillClock, add_dataset, add_job, fresh_database, read_job
+from tests.tiny import BERT, labelled_texts
+from tests.waiting import until
+from worker import supervisor as supervisor_module
+from worker.supervisor import Supervisor
+
+TABLE = b"text,label\nhello,a\n"
+SUMMARY = {
+    "headline": "lora wins",
+    "methods": {"lora": {"accuracy": 0.9, "macro_f1": 0.8, "on": "test", "model_id": None}},
+}
+Step = dict[str, Any] | Callable[["FakeChild"], Any]
+
+
+class FakeChild:
+    """Follows a script: says a message or does something at each look, then ends with its status."""
+
+    def __init__(self, folder: Path, steps: list[Step], status: int | None) -> None:
+        self.folder, self.steps, self.status = folder, list(steps), status
+        self.asked = self.killed = False
+
+    def messages(self, wait_seconds: float) -> Iterator[dict[str, Any]]:
+        if self.steps and not self.killed:
+            step = self.steps.pop(0)
+            if callable(step):
+                step(self)
+            else:
+                yield dict(step)
+
+    def ended(self) -> int | None:
+        if self.killed:
+            return -9
+        return None if self.steps else self.status
+
+    def ask_to_stop(self) -> None:
+        self.asked = True
+
+    def kill(self) -> None:
+        self.killed = self.killed or self.ended() is None
+
+
+class Bench:
+    """A supervisor on a fresh database, whose children are scripts, one per attempt."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        fresh_database(folder).close()
+        values: dict[str, Any] = {"data_dir": folder, "lease_seconds": 30, "max_attempts": 3} | settings
+        self.folder, self.clock = folder, StillClock()
+        self.scripts: list[tuple[list[Step], int | None]] = []
+        self.children: list[FakeChild] = []
+        self.supervisor = Supervisor(Settings(**values), self.launch, self.clock)
+        self.db, self.storage = self.supervisor.db, self.supervisor.storage
+        key = "datasets/ds/file"
+        with (folder / "table.csv").open("wb+") as file:
+            file.write(TABLE)
+            file.seek(0)
+            self.storage.put(file, key)
+        self.dataset_id = add_dataset(self.db, storage_key=key)
+        self.job_id = add_job(self.db, self.dataset_id)
+
+    def launch(self, folder: Path) -> FakeChild:
+        steps, status = self.scripts.pop(0)
+        self.children.append(FakeChild(folder, steps, status))
+        return self.children[-1]
+
+    def attempt(self, *steps: Step, status: int | None = 0) -> Job:
+        """One more attempt, by this script; gives the job as it is then."""
+        self.scripts.append((list(steps), status))
+        assert self.supervisor.work_once(self.folder / "work")
+        return self.job
+
+    @property
+    def job(self) -> Job:
+        return read_job(self.db, self.job_id)
+
+    def cancel(self, _child: FakeChild | None = None) -> None:
+        with self.db.write() as session:
+            jobs.cancel(session, self.job_id, self.clock())
+
+    def lose_lease(self, _child: FakeChild) -> None:
+        """The machine slept for longer than the lease, and somebody noticed."""
+        now = self.clock.advance(31)
+        assert jobs.reap(self.db, now, 3, GRACE) == 1
+
+    def rows(self, table: Any) -> list[Any]:
+        with self.db.read() as session:
+            return list(session.scalars(select(table)))
+
+    def files(self) -> set[str]:
+        root = self.folder / "storage"
+        return {path.relative_to(root).parts[0] for path in root.rglob("*") if path.is_file()}
+
+    def messages(self) -> list[str]:
+        return [event.message for event in self.rows(Event)]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr(supervisor_module, "_STATUS_SECONDS", 0.0)
+    made = Bench(tmp_path)
+    yield made
+    made.db.close()
+
+
+def leaves(*names: str) -> Callable[[FakeChild], None]:
+    """Writes what an experiment leaves."""
+
+    def write(child: FakeChild) -> None:
+        for name in names or ("metrics.json", "predictions.csv", "report.html", "adapter/adapter_model.safetensors"):
+            file = child.folder / "out" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(name.encode())
+        manifest = {"base_model": "minilm", "base_revision": "sha256:0", "labels": ["a", "b"]}
+        (child.folder / "out" / "adapter").mkdir(parents=True, exist_ok=True)
+        (child.folder / "out" / "adapter" / "manifest.json").write_text(json.dumps(manifest))
+
+    return write
+
+
+RESULT = {"type": "result", "summary": SUMMARY, "models": [{"method": "lora", "folder": "out/adapter"}]}
+
+
+def progress(stage: str, fraction: float) -> dict[str, Any]:
+    return {"type": "progress", "stage": stage, "fraction": fraction, "message": stage, "eta_seconds": 1.0}
+
+
+# How an attempt ends ------------------------------------------------------------------------------
+def test_a_job_that_succeeds_is_published_once(bench: Bench) -> None:
+    job = bench.attempt(progress("train", 0.5), leaves(), RESULT)
+    assert (job.status, job.stage, job.progress_fraction, job.attempt) == ("succeeded", "publish", 1.0, 1)
+    [model] = bench.rows(Model)
+    assert (model.method, model.labels, model.version) == ("lora", ["a", "b"], 1)
+    assert model.metrics == {"accuracy": 0.9, "macro_f1": 0.8}
+    assert job.model_id == model.id
+    assert job.summary is not None
+    assert job.summary["methods"]["lora"]["model_id"] == model.id
+    for file in model.files:
+        assert b"".join(bench.storage.chunks(f"{model.storage_prefix}/{file}"))
+    found = {artifact.name: artifact.holds_texts for artifact in bench.rows(Artifact)}
+    assert found == {
+        "metrics.json": False, "predictions.csv": True, "report.html": True, "adapter/manifest.json": False,
+        "adapter/adapter_model.safetensors": False,
+    }  # fmt: skip
+    assert b"".join(bench.storage.chunks(bench.rows(Artifact)[0].storage_key))
+    assert not bench.children[0].folder.exists()
+    assert not bench.supervisor.work_once(bench.folder / "work")
+
+
+def test_a_child_finds_the_dataset_and_the_job_in_its_folder(bench: Bench) -> None:
+    seen: dict[str, Any] = {}
+
+    def look(child: FakeChild) -> None:
+        seen["dataset"] = (child.folder / "dataset").read_bytes()
+        seen["job"] = json.loads((child.folder / "job.json").read_text())
+
+    bench.attempt(look, {"type": "error", "code": "invalid_data", "message": "x", "hint": None}, status=1)
+    assert seen["dataset"] == TABLE
+    assert seen["job"]["job_id"] == bench.job_id
+    assert seen["job"]["spec"] == bench.job.spec
+    assert seen["job"]["dataset"]["id"] == bench.dataset_id
+    assert seen["job"]["table"]["text_column"] == "text"
+    assert set(seen["job"]) == {"job_id", "spec", "table", "dataset", "models_dir"}
+
+
+def test_what_a_child_says_is_seen_while_it_runs(bench: Bench) -> None:
+    seen: list[Any] = []
+    spec = bench.job.spec | {"base_model": "minilm", "model": None, "dataset_id": "ds_0", "metadata": {}}
+    bench.attempt(
+        {"type": "spec", "spec": spec},
+        {"type": "event", "level": "warning", "kind": "message", "message": "beware", "data": {"n": 1}},
+        progress("baseline", 0.25),
+        lambda _child: seen.append(bench.job),
+        leaves(), RESULT,
+    )  # fmt: skip
+    [job] = seen
+    assert (job.status, job.stage, job.progress_fraction, job.eta_seconds) == ("running", "baseline", 0.25, 1.0)
+    assert job.spec["base_model"] == "minilm"
+    assert set(job.spec) == set(bench.job.spec)
+    assert "dataset_id" not in job.spec
+    assert "beware" in bench.messages()
+
+
+def test_a_child_that_is_killed_each_time_is_retried_and_then_given_up(bench: Bench) -> None:
+    for attempt, status in ((1, "queued"), (2, "queued"), (3, "failed")):
+        job = bench.attempt(progress("train", 0.3), status=-9)
+        assert (job.status, job.attempt, job.failures) == (status, attempt, attempt)
+    assert job.error is not None
+    assert job.error["code"] == "worker_lost"
+    assert "signal 9" in job.error["message"]
+    assert sum("signal 9" in message for message in bench.messages()) == 3
+    assert bench.rows(Artifact) == bench.rows(Model) == []
+
+
+def test_a_child_that_is_killed_twice_and_then_succeeds_is_published_once(bench: Bench) -> None:
+    bench.attempt(leaves(), status=-9)
+    bench.attempt(leaves(), status=-11)
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.attempt) == ("succeeded", 3)
+    assert len(bench.rows(Model)) == 1
+
+
+def test_a_child_that_somebody_else_told_to_stop_is_retried(bench: Bench) -> None:
+    job = bench.attempt(status=os.EX_TEMPFAIL)
+    assert (job.status, job.failures) == ("queued", 1)
+
+
+def test_a_typed_error_fails_the_job_with_its_code_and_is_not_retried(bench: Bench) -> None:
+    error = {"code": "model_unavailable", "message": "It cannot be had.", "hint": "Put its files there."}
+    job = bench.attempt({"type": "error"} | error, status=1)
+    assert (job.status, job.error, job.failures, job.attempt) == ("failed", error, 0, 1)
+    assert not bench.supervisor.work_once(bench.folder / "work")
+
+
+def test_a_child_that_breaks_without_a_word_fails_as_internal_and_no_text_reaches_the_log(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broke(child: FakeChild) -> None:
+        frames = 'Traceback (most recent call last):\n  File "worker/run.py", line 7, in run\n    fit()\n'
+        (child.folder / "log.txt").write_text(f"{frames}ValueError: a private text\n")
+
+    with caplog.at_level(logging.DEBUG):
+        job = bench.attempt(broke, status=1)
+    assert job.error is not None
+    assert (job.status, job.error["code"]) == ("failed", "internal")
+    assert "line 7, in run" in caplog.text
+    assert "private" not in caplog.text + str(job.error) + str(bench.messages())
+
+
+def test_a_worker_that_lost_its_lease_kills_its_child_and_publishes_nothing(bench: Bench) -> None:
+    job = bench.attempt(leaves(), bench.lose_lease, progress("train", 0.9), RESULT)
+    assert bench.children[0].killed
+    assert (job.status, job.failures) == ("queued", 1)
+    assert bench.rows(Artifact) == bench.rows(Model) == []
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.attempt) == ("succeeded", 2)
+    assert len(bench.rows(Model)) == 1
+
+
+def test_a_lease_lost_while_publishing_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, puts = bench.storage.put, []
+
+    def put(source: Any, key: str) -> Any:
+        puts.append(key)
+        if key.startswith("models/"):
+            monkeypatch.setattr(bench.storage, "put", real)
+            bench.lose_lease(bench.children[0])
+        return real(source, key)
+
+    monkeypatch.setattr(bench.storage, "put", put)
+    job = bench.attempt(leaves(), RESULT)
+    assert job.status == "queued"
+    assert puts[-1].startswith("models/")
+    assert bench.rows(Artifact) == bench.rows(Model) == []
+    assert bench.files() == {"datasets"}
+    assert bench.attempt(leaves(), RESULT).status == "succeeded"
+
+
+def test_a_job_that_is_cancelled_ends_cancelled_and_its_child_was_asked_first(bench: Bench) -> None:
+    def leave(child: FakeChild) -> None:
+        if not child.asked:
+            child.steps.insert(0, leave)
+        child.status = os.EX_TEMPFAIL
+
+    job = bench.attempt(progress("train", 0.5), bench.cancel, leave, status=None)
+    assert bench.children[0].asked
+    assert (job.status, job.lease_token) == ("cancelled", None)
+    assert bench.rows(Artifact) == bench.rows(Model) == []
+
+
+def test_a_child_that_does_not_listen_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "_GRACE_SECONDS", 0.0)
+
+    def deaf(child: FakeChild) -> None:
+        child.steps.insert(0, deaf)
+
+    job = bench.attempt(bench.cancel, deaf, status=None)
+    assert bench.children[0].killed
+    assert job.status == "cancelled"
+
+
+def test_a_cancel_that_comes_after_the_result_still_wins(bench: Bench) -> None:
+    def result_then_cancel(child: FakeChild) -> None:
+        leaves()(child)
+        real = bench.storage.put
+
+        def put(source: Any, key: str) -> Any:
+            bench.storage.put = real  # type: ignore[method-assign]
+            bench.cancel()
+            return real(source, key)
+
+        bench.storage.put = put  # type: ignore[method-assign]
+
+    job = bench.attempt(result_then_cancel, RESULT)
+    assert job.status == "cancelled"
+    assert bench.rows(Artifact) == bench.rows(Model) == []
+    assert bench.files() == {"datasets"}
+
+
+def test_a_worker_that_is_stopped_gives_its_job_back_without_a_failure(bench: Bench) -> None:
+    def leave(child: FakeChild) -> None:
+        if not child.asked:
+            child.steps.insert(0, leave)
+        child.status = os.EX_TEMPFAIL
+
+    job = bench.attempt(progress("train", 0.5), lambda _: bench.supervisor.stop.set(), leave, status=None)
+    assert bench.children[0].asked
+    assert (job.status, job.failures, job.attempt, job.stage) == ("queued", 0, 1, None)
+
+
+def test_a_result_that_is_there_when_the_worker_is_stopped_is_published(bench: Bench) -> None:
+    job = bench.attempt(leaves(), lambda _: bench.supervisor.stop.set(), RESULT)
+    assert job.status == "succeeded"
+
+
+def test_a_stop_and_a_cancel_at_once_end_the_job_cancelled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "_STATUS_SECONDS", 60.0)  # the cancel is not seen in time
+
+    def both(child: FakeChild) -> None:
+        bench.cancel()
+        bench.supervisor.stop.set()
+        child.status = os.EX_TEMPFAIL
+
+    assert bench.attempt(both, status=None).status == "cancelled"
+
+
+def test_the_next_attempt_finds_the_checkpoint_of_the_one_before(bench: Bench) -> None:
+    def checkpoint(child: FakeChild) -> None:
+        folder = child.folder / "checkpoints" / "epoch-1"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text("{}")
+        child.steps.insert(0, {"type": "checkpoint", "folder": str(folder)})
+
+    seen: list[str] = []
+    bench.attempt(checkpoint, status=-9)
+    bench.attempt(
+        lambda child: seen.append((child.folder / "checkpoints" / "epoch-1" / "state.json").read_text()), status=-9
+    )
+    assert seen == ["{}"]
+    bench.attempt(leaves(), RESULT)
+    [prefix] = [row.prefix for row in bench.rows(Garbage) if "checkpoints" in row.prefix]
+    assert prefix.endswith("epoch-1")
+
+
+def test_a_checkpoint_that_is_gone_again_is_passed_over(bench: Bench) -> None:
+    job = bench.attempt({"type": "checkpoint", "folder": str(bench.folder / "none")}, leaves(), RESULT)
+    assert job.status == "succeeded"
+
+
+def test_a_job_whose_dataset_has_vanished_fails_as_invalid_data(bench: Bench) -> None:
+    with bench.db.write() as session:
+        session.execute(delete(Dataset))
+    assert bench.supervisor.work_once(bench.folder / "work")
+    assert bench.job.error is not None
+    assert bench.job.error["code"] == "invalid_data"
+    assert bench.children == []
+
+
+def test_a_worker_is_seen_and_takes_over_from_a_lost_one(bench: Bench) -> None:
+    lost = jobs.claim(bench.db, "wrk_lost", START, 30)
+    assert lost is not None
+    assert not bench.supervisor.work_once(bench.folder / "work")
+    with bench.db.read() as session:
+        assert [worker["id"] for worker in catalog.workers_seen(session, START)] == [bench.supervisor.id]
+    bench.clock.advance(31)
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 1)
+
+
+def test_a_worker_that_stumbles_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path, poll_seconds=0.01)
+    calls: list[int] = []
+
+    def work_once(_folder: Path) -> bool:
+        calls.append(1)
+        if len(calls) == 3:
+            bench.supervisor.stop.set()
+        raise OSError("the database is away")
+
+    monkeypatch.setattr(bench.supervisor, "work_once", work_once)
+    bench.supervisor.run()
+    assert len(calls) == 3
+    bench.db.close()
+
+
+def test_scratch_of_dead_workers_is_removed_and_that_of_living_ones_kept(tmp_path: Path) -> None:
+    root = tmp_path / "work"
+    (root / "wrk_dead").mkdir(parents=True)
+    (root / "wrk_dead" / "lock").touch()
+    (root / "wrk_dead" / "texts.csv").write_text("private")
+    with supervisor_module._own_folder(root, "wrk_living"):
+        with supervisor_module._own_folder(root, "wrk_new") as own:
+            assert sorted(path.name for path in root.iterdir()) == ["wrk_living", "wrk_new"]
+            (own / "texts.csv").write_text("private")
+        assert [path.name for path in root.iterdir()] == ["wrk_living"]
+    assert list(root.iterdir()) == []
+
+
+# Real processes -----------------------------------------------------------------------------------
+class Workshop:
+    """An API in this process, and real workers beside it on the same data."""
+
+    def __init__(self, client: TestClient, data_dir: Path, models_dir: Path) -> None:
+        self.client, self.data_dir, self.models_dir = client, data_dir, models_dir
+        self.workers: list[subprocess.Popen[bytes]] = []
+
+    def worker(self) -> subprocess.Popen[bytes]:
+        given = {
+            "TUNEPROOF_DATA_DIR": str(self.data_dir), "TUNEPROOF_MODELS_DIR": str(self.models_dir),
+            "TUNEPROOF_LEASE_SECONDS": "5", "TUNEPROOF_POLL_SECONDS": "0.1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        with (self.data_dir / "worker.log").open("ab") as log:
+            self.workers.append(
+                subprocess.Popen([sys.executable, "-P", "-m", "worker"], env=os.environ | given, stderr=log)
+            )
+        return self.workers[-1]
+
+    def submit(self, n_rows: int = 400, **spec: Any) -> str:
+        texts, labels = labelled_texts(n_rows)
+        table = "text,label\n" + "".join(f"{text},{label}\n" for text, label in zip(texts, labels, strict=True))
+        form = {"spec": json.dumps({"base_model": BERT, "train": {"max_length": 32}} | spec)}
+        answer = self.client.post("/jobs", files={"file": ("t.csv", table.encode())}, data=form)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return self.client.get(f"/jobs/{job_id}").json()  # type: ignore[no-any-return]
+
+    def reached(self, job_id: str, stage: str, attempt: int = 1, *, checkpoint: bool = False) -> dict[str, Any]:
+        """The job once it stands in that stage of that attempt, after a checkpoint of this attempt if asked."""
+        db: Database = self.client.app.state.context.db  # type: ignore[attr-defined]
+
+        def look() -> dict[str, Any] | None:
+            job = self.job(job_id)
+            assert not job["terminal"], job
+            kept = read_job(db, job_id).checkpoint_prefix or ""
+            there = (job["stage"], job["attempt"]) == (stage, attempt)
+            return job if there and (not checkpoint or f"/{attempt}-" in kept) else None
+
+        return until(look, 120, f"stage {stage} of attempt {attempt}")
+
+    def ended(self, job_id: str) -> dict[str, Any]:
+        return until(lambda: job if (job := self.job(job_id))["terminal"] else None, 200, "the job ends")
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, tiny_models: Path) -> Iterator[Workshop]:
+    from service.core.clock import utc_now
+    from tests.integration.conftest import make_app
+
+    app = make_app(tmp_path / "data", clock=utc_now, models_dir=tiny_models)
+    with TestClient(app, client=("127.0.0.1", 1)) as client:
+        made = Workshop(client, tmp_path / "data", tiny_models)
+        yield made
+        for worker in made.workers:
+            if worker.poll() is None:
+                worker.terminate()
+            worker.wait(30)
+
+
+LONG = {"kind": "train", "train": {"max_length": 32, "epochs": 60, "early_stopping_patience": 0, "learning_rate": 1e-4}}
+
+
+@pytest.mark.more
+def test_a_worker_killed_twice_in_the_middle_of_training_still_makes_one_model(workshop: Workshop) -> None:
+    job_id = workshop.submit(**LONG)
+    for attempt in (1, 2):
+        worker = workshop.worker()
+        workshop.reached(job_id, "train", attempt, checkpoint=True)
+        worker.kill()
+        worker.wait()
+    workshop.worker()
+    job = workshop.ended(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 3), job
+    assert [model["method"] for model in workshop.client.get("/models").json()["data"]] == ["lora"]
+    events = workshop.client.get(f"/jobs/{job_id}/events?limit=200").json()["data"]
+    assert sum("no sign of life" in event["message"] for event in events) == 2
+    metrics = workshop.client.get(f"/jobs/{job_id}/artifacts/metrics.json").json()
+    assert metrics["training"]["epochs_run"] == 60
+
+
+@pytest.mark.more
+def test_a_cancel_takes_under_five_seconds_at_every_stage(workshop: Workshop) -> None:
+    import time
+
+    workshop.worker()
+    for stage, spec in (
+        ("prepare", LONG),
+        ("baseline", {"base_model": "tiny-qwen3", "baseline": {"sample_size": 300}, "n_rows": 4000}),
+        ("train", LONG),
+    ):
+        job_id = workshop.submit(**spec)
+        workshop.reached(job_id, stage)
+        asked = time.monotonic()
+        assert workshop.client.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelling"
+        job = workshop.ended(job_id)
+        assert (job["status"], job["stage"]) == ("cancelled", stage)
+        assert time.monotonic() - asked < 5, stage
+    assert workshop.client.get("/models").json()["data"] == []
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("stage", ["prepare", "train"])
+def test_a_child_whose_worker_was_killed_is_gone_within_two_seconds(workshop: Workshop, stage: str) -> None:
+    job_id = workshop.submit(**LONG)
+    worker = workshop.worker()
+    workshop.reached(job_id, stage)
+    [child] = until(lambda: children_of(worker.pid), 20, "the child runs")
+    worker.kill()
+    until(lambda: not alive(child), 2, "the child is gone")
+
+
+@pytest.mark.more
+def test_a_worker_that_is_asked_to_stop_gives_its_job_back_and_the_next_one_goes_on(workshop: Workshop) -> None:
+    job_id = workshop.submit(**LONG)
+    worker = workshop.worker()
+    workshop.reached(job_id, "train", checkpoint=True)
+    [child] = children_of(worker.pid)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(10) == 0
+    assert not alive(child)
+    job = workshop.job(job_id)
+    assert (job["status"], job["attempt"]) == ("queued", 1)
+    assert read_job(workshop.client.app.state.context.db, job_id).failures == 0  # type: ignore[attr-defined]
+    assert list((workshop.data_dir / "work").iterdir()) == []
+    workshop.worker()
+    job = workshop.ended(job_id)
+    assert (job["status"], job["attempt"]) == ("succeeded", 2)
+
+
+@pytest.mark.more
+def test_from_one_post_to_an_answer_of_predict(tmp_path: Path, tiny_models: Path) -> None:
+    from tests.integration.test_predict import Serving, started
+
+    app = started(tmp_path, tiny_models)
+    from service.core.clock import utc_now
+
+    app.state.context.clock = utc_now
+    with TestClient(app, client=("127.0.0.1", 1)) as client:
+        workshop = Workshop(client, tmp_path / "data", tiny_models)
+        worker = workshop.worker()
+        try:
+            job_id = workshop.submit(train={"max_length": 32, "epochs": 3})
+            job = workshop.ended(job_id)
+        finally:
+            worker.terminate()
+            worker.wait(30)
+        assert job["status"] == "succeeded", job
+        assert set(job["summary"]["methods"]) == {
+            "majority", "tfidf_logreg", "embedding_logreg", "zero_shot_similarity", "lora"
+        }  # fmt: skip
+        names = {artifact["name"] for artifact in job["artifacts"]}
+        assert {"metrics.json", "predictions.csv", "split.csv", "report.html", "manifest.json",
+                "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= names  # fmt: skip
+        assert "auto" not in json.dumps({**job["spec"], "baseline": None})
+        serving = Serving(client, tmp_path, tiny_models)
+        for method in ("lora", "embedding_logreg"):
+            model_id = job["summary"]["methods"][method]["model_id"]
+            assert serving.answered(model_id).status_code == 200
+            assert_serves_what_was_judged(client, job_id, method, model_id)
+
+
+def assert_serves_what_was_judged(client: TestClient, job_id: str, method: str, model_id: str) -> None:
+    """`/predict` gives the labels and confidences that stand in predictions.csv."""
+    import csv
+    import io
+
+    rows = list(csv.DictReader(io.StringIO(client.get(f"/jobs/{job_id}/artifacts/predictions.csv").text)))
+    answer = client.post("/predict", json={"model": model_id, "texts": [row["text"] for row in rows]}).json()
+    for row, prediction in zip(rows, answer["predictions"], strict=True):
+        assert prediction["label"] == row[method]
+        assert prediction["confidence"] == pytest.approx(float(row[f"{method}_confidence"]), abs=1e-5)

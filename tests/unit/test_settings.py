@@ -1,0 +1,87 @@
+"""The settings: told completely in the README, refused where they cannot work, read from the environment alone."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from service.core.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readmes_table_is_the_one_that_the_settings_make() -> None:
+    made = subprocess.run(
+        [sys.executable, "tools/settings_table.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    found = README.partition("<!-- settings -->\n")[2].partition("<!-- /settings -->")[0]
+    assert found == made, "run: python tools/settings_table.py --write"
+
+
+def test_every_setting_is_described() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert "|" not in field.description, name
+
+
+def test_nobody_else_reads_settings_from_the_environment() -> None:
+    for file in [*(ROOT / "service").rglob("*.py"), *(ROOT / "worker").rglob("*.py")]:
+        text = file.read_text("utf-8")
+        assert not re.search(r"getenv|environ(\[|\.get)", text), file
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TUNEPROOF_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TUNEPROOF_PORT", "0")
+    monkeypatch.setenv("TUNEPROOF_BOOTSTRAP_KEY", "secret")
+    settings = Settings()
+    assert settings.resolved_database_url == f"sqlite:///{tmp_path / 'tuneproof.db'}"
+    assert settings.resolved_storage_url == f"file://{tmp_path / 'storage'}"
+    assert settings.port == 0
+    assert "secret" not in repr(settings)
+    with pytest.raises(ValidationError):
+        settings.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "-1"),
+        ("PORT", "65536"),
+        ("PORT", "http"),
+        ("LEASE_SECONDS", "1.9"),
+        ("LEASE_SECONDS", "nan"),
+        ("MAX_ATTEMPTS", "0"),
+        ("MAX_LABELS", "1"),
+        ("MAX_UPLOAD_BYTES", "0"),
+        ("LOG_LEVEL", "loud"),
+        ("SERVE_DTYPE", "fp16"),
+        ("POLL_SECONDS", "0"),
+        ("PREDICT_MAX_TEXTS", "0"),
+        ("PREDICT_TIMEOUT_SECONDS", "0"),
+        ("DELETE_GRACE_SECONDS", "-1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"TUNEPROOF_{name}", value)
+    with pytest.raises(ValidationError, match=name.lower()):
+        Settings()
+
+
+def test_a_queue_that_could_never_hold_an_allowed_text_is_refused() -> None:
+    with pytest.raises(ValidationError, match="TUNEPROOF_PREDICT_QUEUE_CHARS"):
+        Settings(predict_queue_chars=10, predict_max_chars=11)
+
+
+@pytest.mark.parametrize(
+    ("host", "beyond"),
+    [("127.0.0.1", False), ("127.1.2.3", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("::", True),
+     ("192.168.1.2", True), ("example.org", True), ("localhost.example.org", True), ("", True), ("0", True)],
+)  # fmt: skip
+def test_only_loopback_is_loopback(host: str, beyond: bool) -> None:
+    assert Settings(host=host).listens_beyond_loopback is beyond

@@ -1,0 +1,22 @@
+"""`python -P -m worker.child FOLDER`: `worker.run` under a supervisor, with whom it dies, however that was.
+
+The watch begins before torch is imported, which takes seconds in which nobody else would notice.
+"""
+
+import os
+import sys
+import threading
+
+
+def _die_with_supervisor() -> None:
+    """Ends this process at once when the supervisor's end of standard input closes."""
+    while os.read(0, 4096):
+        pass
+    os._exit(os.EX_TEMPFAIL)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_die_with_supervisor, daemon=True).start()
+    from worker.run import main
+
+    sys.exit(main(sys.argv[1:]))
