@@ -46,6 +46,7 @@ STATUS: dict[type[AppError], int] = {
     errors.ModelUnavailable: 503,
     errors.OutOfMemory: 503,
     errors.RoundTripFailed: 500,
+    errors.ModelDamaged: 500,
     errors.DeadlinePassed: 504,
     errors.LowDisk: 507,
 }

@@ -167,6 +167,12 @@ class BaseNotServed(AppError):
     code = "base_not_served"
 
 
+class ModelDamaged(AppError):
+    """A published model's files are missing or are not the ones that were published."""
+
+    code = "model_damaged"
+
+
 class DeadlinePassed(AppError):
     """The answer did not come within the time allowed."""
 

@@ -18,13 +18,16 @@ from service.core.errors import (
     DeadlinePassed,
     EngineUnavailable,
     InvalidData,
+    ModelDamaged,
     QueueFull,
 )  # fmt: skip
 from service.core.settings import Settings
 from service.inference import wire
 from service.inference.wire import ServedModel
 
-_ERRORS: dict[str, type[AppError]] = {error.code: error for error in (BaseLoading, BaseNotServed, InvalidData)}
+_ERRORS: dict[str, type[AppError]] = {
+    BaseLoading.code: BaseLoading, BaseNotServed.code: BaseNotServed, InvalidData.code: ModelDamaged,
+}  # fmt: skip
 _SECONDS_BETWEEN_STARTS = 1.0
 log = logging.getLogger("tuneproof.engine")
 
@@ -94,7 +97,7 @@ class EngineHandle:
 
         Raises:
             EngineUnavailable, BaseLoading, BaseNotServed, QueueFull, DeadlinePassed: as their names say.
-            InvalidData: the model's files are not the published ones.
+            ModelDamaged: the model's files are not the published ones.
         """
         process, size = self._process, sum(map(len, texts))
         if process is None or process.returncode is not None or process.stdin is None:

@@ -1,4 +1,4 @@
-"""An experiment on a local decoder, against stock transformers and PEFT: a small model, so it runs with `make test-more`."""
+"""An experiment on a small local decoder, against stock transformers and PEFT."""
 
 import csv
 import io
@@ -32,7 +32,11 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     }
     (folder / "job.json").write_text(json.dumps({"spec": spec, "models_dir": str(tiny_models)}))
     ran = subprocess.run(
-        [sys.executable, "-P", "-m", "worker.run", str(folder)], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-P", "-m", "worker.run", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     (folder / "base").symlink_to(tiny_models / request.param)
@@ -53,9 +57,7 @@ def test_stock_transformers_and_peft_give_the_fine_tunes_predictions(experiment:
     base.config.pad_token_id = tokenizer.pad_token_id
     stock = PeftModel.from_pretrained(base, adapter).eval()
     rows = predictions(experiment)
-    inputs = tokenizer(
-        [row["text"] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt"
-    )
+    inputs = tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt")
     with torch.inference_mode():
         probabilities = stock(**inputs).logits.softmax(-1)
     assert [labels[i] for i in probabilities.argmax(1)] == [row["lora"] for row in rows]

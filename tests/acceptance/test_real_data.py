@@ -33,7 +33,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("data")
     env = os.environ | {"TUNEPROOF_DATA_DIR": str(folder), "TUNEPROOF_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([str(Path(sys.executable).with_name("tuneproof")), "up"], env=env, start_new_session=True)
+    process = subprocess.Popen(
+        [str(Path(sys.executable).with_name("tuneproof")), "up"], env=env, start_new_session=True
+    )
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=70) as client:
         _until(lambda: _ready(client), 120)
         yield client

@@ -300,7 +300,7 @@ def test_a_damaged_model_is_an_error_and_never_a_wrong_answer(serving: Serving, 
     else:
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     answer = serving.ask(model_id)
-    problem_of(answer, answer.status_code, "invalid_data")
+    problem_of(answer, 500, "model_damaged")
     assert answer.status_code >= 400
     assert_right(serving, "four", serving.ask(serving.ids["four"]))
 

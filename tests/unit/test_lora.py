@@ -262,7 +262,13 @@ def test_a_checkpoint_half_written_when_the_machine_stopped_is_passed_over(tiny_
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_models, tmp_path):
     """Else one torn write would fail every attempt."""
     fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=2)
-    for file in ("weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json"):
+    for file in (
+        "weights.safetensors",
+        "average.safetensors",
+        "best.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ):
         folder = tmp_path / file
         shutil.copytree(tmp_path / "checkpoints", folder)
         found = []
@@ -278,7 +284,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_models, 
 def test_a_checkpoint_is_made_of_safetensors_and_json_alone(tiny_models, tmp_path):
     fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=3)
     files = {str(f.relative_to(tmp_path / "checkpoints")) for f in (tmp_path / "checkpoints").rglob("*") if f.is_file()}
-    names = ("weights.safetensors", "best.safetensors", "optimizer.safetensors", "state.json")
+    names = ("weights.safetensors", "average.safetensors", "best.safetensors", "optimizer.safetensors", "state.json")
     # The last, and the one before it: that one may be on its way to the storage still.
     assert files == {f"epoch-{number}/{name}" for number in (2, 3) for name in names}
     assert Checkpoint.load(tmp_path / "checkpoints" / "epoch-3").state.epoch == 3

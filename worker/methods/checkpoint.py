@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _STATE = "state.json"
+_PARTS = ("weights", "average", "best", "optimizer")
 _PARTIAL = ".partial"
 
 
@@ -42,10 +43,11 @@ class TrainingState:
 
 @dataclass
 class Checkpoint:
-    """Training state with the trainable weights now, the best ones, and the optimizer's moments."""
+    """Training state with the trainable weights now, their average, the best ones, and the optimizer's moments."""
 
     state: TrainingState
     weights: dict[str, Tensor]
+    average: dict[str, Tensor]
     best: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
@@ -55,7 +57,7 @@ class Checkpoint:
         partial = folder / f"{target.name}{_PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in ("weights", "best", "optimizer"):
+        for name in _PARTS:
             save_file(getattr(self, name), partial / f"{name}.safetensors")
         (partial / _STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
@@ -68,7 +70,7 @@ class Checkpoint:
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
         state = TrainingState(**json.loads((folder / _STATE).read_text(encoding="utf-8")))
-        return cls(state, *(load_file(folder / f"{name}.safetensors") for name in ("weights", "best", "optimizer")))
+        return cls(state, *(load_file(folder / f"{name}.safetensors") for name in _PARTS))
 
 
 def newest(folder: Path, recipe: dict[str, Any]) -> Checkpoint | None:

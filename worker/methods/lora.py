@@ -1,6 +1,7 @@
 """The fine-tune: LoRA on the attention projections and a classification head that starts from a linear probe.
 
-Hu et al. 2021 (arXiv:2106.09685) for LoRA; Kumar et al. 2022 (arXiv:2202.10054) for the start of the head.
+Hu et al. 2021 (arXiv:2106.09685) for LoRA; Kumar et al. 2022 (arXiv:2202.10054) for the start of the head; Polyak and
+Juditsky 1992 for averaging the weights.
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from service.core.errors import OutOfMemory
 from service.core.spec import TrainSpec
@@ -30,6 +32,9 @@ LABEL_SMOOTHING = 0.1
 WARMUP = 0.06
 WEIGHT_DECAY = 0.01
 MAX_GRADIENT_NORM = 1.0
+# Of the moving average of the weights, which is what is judged and kept: on BANKING77 its validation macro-F1 stood
+# about 0.01 above the last step's in the middle of training. Shorter while little has been averaged.
+AVERAGE_DECAY = 0.997
 
 OnEvent = Callable[[str, str, dict[str, Any]], None]
 """Called with an event's type, message and data."""
@@ -203,7 +208,7 @@ class Lora:
             state.history[-1]["train_loss"] = run.last_train_loss
         if (macro_f1, -loss) > (state.best_macro_f1, -state.best_loss):
             state.best_epoch, state.best_macro_f1, state.best_loss = state.epoch, macro_f1, loss
-            run.best = run.weights()
+            run.best = {name: tensor.clone() for name, tensor in run.average.items()}
         name = f"epoch {state.epoch}" if state.epoch else "before the first step"
         self.on_event("metric", f"{name}: validation macro-F1 {macro_f1:.4f}", dict(state.history[-1]))
 
@@ -237,6 +242,8 @@ class _Run:
         self.last_train_loss: float | None = None
         self.state = resumed.state if resumed else TrainingState(asdict(recipe))
         self.best = resumed.best if resumed else self.weights()
+        average = resumed.average if resumed else self.weights()
+        self.average = {name: average[name].to(backbone.device) for name in self.trainable}
         if resumed:
             self.load(resumed.weights)
             restore_optimizer(self.optimizer, resumed.optimizer)
@@ -251,7 +258,7 @@ class _Run:
             parameter.data.copy_(weights[name])
 
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.state, self.weights(), self.best, optimizer_tensors(self.optimizer))
+        return Checkpoint(self.state, self.weights(), self.average, self.best, optimizer_tensors(self.optimizer))
 
     def checkpoint_activations(self) -> None:
         self.state.gradient_checkpointing = True
@@ -266,25 +273,34 @@ class _Run:
         self.model.train()
         start, total = time.perf_counter(), torch.zeros((), device=self.backbone.device)
         for step, rows in enumerate(epoch_batches(self.lengths, self.recipe.batch_size, rng), 1):
+            steps_done = (number - 1) * self.steps_per_epoch + step
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate((number - 1) * self.steps_per_epoch + step)
+                group["lr"] = self._learning_rate(steps_done)
             total += self._fitting_step(rows)
+            self._add_to_average(steps_done)
             on_step(step, self.steps_per_epoch)
         self.last_train_loss = float(total) / self.steps_per_epoch
         self.state.train_seconds += time.perf_counter() - start
         self.state.train_tokens += int(self.lengths.sum())
 
     def validate(self) -> tuple[float, float]:
-        """Macro-F1 over all labels and mean cross-entropy, on the validation rows."""
+        """Macro-F1 over all labels and mean cross-entropy of the averaged weights, on the validation rows."""
         from sklearn.metrics import f1_score
 
-        self.model.eval()
+        last = self.weights()
+        self.load(self.average)
         logits = torch.from_numpy(_logits(self.model, self.backbone, self.encoded_validation))
+        self.load(last)
         true = self.validation.label_ids
         loss = float(nn.functional.cross_entropy(logits, torch.from_numpy(true)))
         labels = range(len(self.train.labels))
         macro = f1_score(true, logits.argmax(1).numpy(), labels=labels, average="macro", zero_division=0)
         return float(macro), loss
+
+    def _add_to_average(self, steps_done: int) -> None:
+        decay = min(AVERAGE_DECAY, (1 + steps_done) / (10 + steps_done))
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(list(self.average.values()), [p.detach() for p in self.trainable.values()], None)
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero."""
