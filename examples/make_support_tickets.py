@@ -411,7 +411,8 @@ class Writer:
 
 
 def clean_rows(rng: random.Random) -> list[tuple[str, str]]:
-    writer, rows = Writer(rng), []
+    writer = Writer(rng)
+    rows: list[tuple[str, str]] = []
     for label, size in SIZES.items():
         texts = {writer.fill(sentence): label for sentence in parts(WHOLE[label])}
         while len(texts) < size:

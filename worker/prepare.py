@@ -144,7 +144,7 @@ def _read(spec: JobSpec, file: Path, table_format: TableFormat) -> tuple[Table, 
 
 
 def _resolve(spec: JobSpec, base: Located, prompt_model: Located | None, n_train: int, device: torch.device) -> JobSpec:
-    hidden_size = AutoConfig.from_pretrained(base.folder, local_files_only=True).hidden_size
+    hidden_size = AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=False).hidden_size
     decided = {
         "epochs": auto_epochs(n_train), "batch_size": 32, "learning_rate": auto_learning_rate(hidden_size),
         "precision": training_precision(device),

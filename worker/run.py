@@ -168,10 +168,11 @@ class Experiment:
         own = self.spec.baseline.prompt_template
         template = PromptTemplate() if own is None else PromptTemplate(user=own, version="own")
         texts = tuple(self.test.texts[i] for i in self.ready.subset)
-        prompted = {"zero_shot_prompt": Prompted(model, template, self.table.labels)}
+        longest = self.spec.train.max_length
+        prompted = {"zero_shot_prompt": Prompted(model, template, self.table.labels, max_text_tokens=longest)}
         if self.spec.baseline.few_shot:
             examples = draw_examples(self.train, self.spec.baseline.few_shot, self.spec.seed)
-            prompted["few_shot_prompt"] = Prompted(model, template, self.table.labels, examples)
+            prompted["few_shot_prompt"] = Prompted(model, template, self.table.labels, examples, longest)
         shown: dict[str, Any] = {"prompt_model": source.base.name, "revision": source.revision}
         shown["template_version"] = template.version
         for name, method in prompted.items():
@@ -337,7 +338,7 @@ def main(arguments: list[str]) -> int:
         Experiment(Path(arguments[0]), reporter).run()
     except _Stopped:
         return STOPPED
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         reporter.error(OutOfMemory.code, "The job does not fit into the device's memory.", "Lower train.batch_size.")
         return 1
     except AppError as error:

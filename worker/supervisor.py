@@ -29,6 +29,7 @@ TEXT_ARTIFACTS = frozenset({"predictions.csv", "report.html", "prompt.json"})
 
 _LOOK_SECONDS = 0.2
 _STATUS_SECONDS = 0.5
+_LAST_WORD_SECONDS = 10.0  # from a child's result or error to killing it, where it does not end by itself
 _GRACE_SECONDS = 2.5  # from asking a child to stop to killing it: a cancel is to take under five
 log = logging.getLogger("tuneproof.worker")
 
@@ -100,6 +101,7 @@ class Attempt:
         self._renewed = self._looked = time.monotonic()
         self._cancelling = False
         self._stop_asked: float | None = None
+        self._last_word: float | None = None
 
     def run(self) -> None:
         """From the staged folder to the published result, or whatever end it takes."""
@@ -146,6 +148,7 @@ class Attempt:
                 return outcome
             self._keep_lease()
             self._stop_where_due(child)
+            self._end_after_last_word(child, outcome)
 
     def _heard(self, message: dict[str, Any], outcome: Outcome) -> None:
         kind = message.pop("type")
@@ -194,6 +197,13 @@ class Attempt:
             self._stop_asked = time.monotonic()
             child.ask_to_stop()
         elif time.monotonic() - self._stop_asked > _GRACE_SECONDS:
+            child.kill()
+
+    def _end_after_last_word(self, child: Child, outcome: Outcome) -> None:
+        if outcome.result is None and outcome.error is None:
+            return
+        self._last_word = self._last_word or time.monotonic()
+        if time.monotonic() - self._last_word > _LAST_WORD_SECONDS:
             child.kill()
 
     def _finish(self, child: Child, outcome: Outcome) -> None:

@@ -100,7 +100,9 @@ def scope_of_caller(request: Request, ctx: Context) -> str:
         if key is not None:
             return key.scope
         raise Unauthorized("The key is unknown, revoked or expired. Make one with `tuneproof keys create`.")
-    if not ctx.keys_exist() and _is_loopback(request):
+    # Without keys whoever is on this machine is let in, but not a page of another site in this machine's browser.
+    from_elsewhere = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    if not ctx.keys_exist() and _is_loopback(request) and not from_elsewhere:
         return "admin"
     raise Unauthorized("Send a key: `Authorization: Bearer <key>`. Make one with `tuneproof keys create`.")
 

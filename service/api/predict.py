@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, json_body
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, UsageOut
-from service.core.errors import InvalidData, InvalidInput
+from service.core.errors import InvalidInput, ModelDamaged
 from service.db import catalog
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
@@ -30,7 +30,7 @@ async def predict(ctx: Ctx, body: Annotated[PredictIn, Depends(_body)]) -> Predi
     served, labels = await run_in_threadpool(_find, ctx, body.model)
     scores = await ctx.engine.predict(served, texts)
     if list(scores.labels) != labels:
-        raise InvalidData("The labels in the saved model's manifest are not the ones that were published.")
+        raise ModelDamaged("The labels in the saved model's manifest are not the ones that were published.")
     return PredictOut(
         model_id=served.id,
         predictions=[_prediction(scores, row, body) for row in range(len(texts))],

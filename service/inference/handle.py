@@ -75,8 +75,12 @@ class EngineHandle:
         while True:
             try:
                 await self._live_once()
-            except OSError as error:
-                log.error("the engine did not start: %s", error)
+            except Exception as error:  # noqa: BLE001 -- whatever it was, the next one may live
+                log.error("the engine was lost: %s", type(error).__name__)
+                if self.running and self._process is not None:
+                    self._process.kill()
+            finally:
+                self._fail_open_calls()
             log.warning("the engine process ended; starting it again")
             await asyncio.sleep(_SECONDS_BETWEEN_STARTS)
 
@@ -147,6 +151,8 @@ class EngineHandle:
             if answer is not None and not answer.done():
                 answer.set_result(message)
         await process.wait()
+
+    def _fail_open_calls(self) -> None:
         for answer in self._open.values():
             if not answer.done():
                 answer.set_exception(ConnectionError("the engine process ended"))

@@ -145,6 +145,8 @@ class EngineProcess:
         code = error.code if isinstance(error, AppError) else "internal"
         detail = error.detail if isinstance(error, AppError) else "The engine failed on this call."
         self._answer(request.number, error={"code": code, "detail": detail})
+        if isinstance(error, torch.AcceleratorError):
+            os._exit(os.EX_SOFTWARE)  # the CUDA context is lost for good; the API starts a process with a new one
 
     def _answer(self, number: int, **body: Any) -> None:
         self._answers.write(wire.pack({"number": number, **body}))

@@ -105,7 +105,9 @@ def load_backbone(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, num_labels=num_labels)
+        config = AutoConfig.from_pretrained(
+            source.folder, local_files_only=True, trust_remote_code=False, num_labels=num_labels
+        )
         _without_dropout(config)
         decoder = is_decoder(config)
         tokenizer = load_tokenizer(source.folder, decoder=decoder)
@@ -115,6 +117,7 @@ def load_backbone(
             torch.manual_seed(0)  # layers that the checkpoint lacks start the same in every process
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 source.folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True,
+                trust_remote_code=False,
                 attn_implementation=attention or ("eager" if device.type == "cpu" else "sdpa"),
                 output_loading_info=True,
             )  # fmt: skip

@@ -13,6 +13,9 @@ from tokenizers import Tokenizer as Backend
 Tokenizer = Any
 """A `transformers` fast tokenizer; one per thread, the Rust object behind it is not to be shared."""
 
+# The tokenizer keeps strings, offsets and masks of every token of a call, many times the ids that are wanted.
+_TEXTS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -40,7 +43,7 @@ def load_tokenizer(folder: Path, *, decoder: bool) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not any((folder / name).is_file() for name in tokenizer.vocab_files_names.values()):
         raise ValueError("There is no vocabulary, and transformers makes up an empty one.")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
@@ -85,13 +88,13 @@ def token_batches(lengths: NDArray[np.int64], token_budget: int, max_rows: int) 
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str], **cut: Any) -> list[list[int]]:
-    if not texts:
-        return []
-    answer = tokenizer(
-        list(texts), return_attention_mask=False, return_token_type_ids=False, split_special_tokens=True,
-        verbose=False, **cut,
-    )  # fmt: skip
-    rows: list[list[int]] = answer["input_ids"]
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        answer = tokenizer(
+            list(texts[start : start + _TEXTS_AT_ONCE]), return_attention_mask=False, return_token_type_ids=False,
+            split_special_tokens=True, verbose=False, **cut,
+        )  # fmt: skip
+        rows += answer["input_ids"]
     return rows
 
 

@@ -80,9 +80,14 @@ def newest(folder: Path, recipe: dict[str, Any]) -> Checkpoint | None:
         # A damaged one, left by a machine that lost its power, would fail every attempt: the one before it is kept.
         with suppress(OSError, ValueError, TypeError, SafetensorError):
             checkpoint = Checkpoint.load(path)
-            if checkpoint.state.recipe == recipe:
+            if _result_of(checkpoint.state.recipe) == _result_of(recipe):
                 return checkpoint
     return None
+
+
+def _result_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides the result: not gradient checkpointing, which is `auto` until training has ended."""
+    return recipe | {"gradient_checkpointing": None}
 
 
 def _number(path: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from service.core.errors import ModelUnavailable
 from service.ml.base_models import Located
@@ -47,12 +48,13 @@ class PromptedModel:
 
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                source.folder, local_files_only=True, padding_side="left"
+                source.folder, local_files_only=True, trust_remote_code=False, padding_side="left"
             )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 local_files_only=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 dtype=DTYPES[training_precision(device)],
             )
         except Exception as error:
@@ -91,10 +93,21 @@ class PromptedModel:
 
     def _chat(self, system: str, user: str) -> str:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        try:
+            return self._templated(messages)
+        except TemplateError:  # Gemma's template takes no system message
+            return self._templated([{"role": "user", "content": f"{system}\n\n{user}"}])
+
+    def _templated(self, messages: list[dict[str, str]]) -> str:
         prompt: str = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         return prompt
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The text's first `max_tokens` tokens: a prompt is to read no more of it than the other methods do."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return text if len(ids) <= max_tokens else str(self.tokenizer.decode(ids[:max_tokens]))
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, on_progress: OnProgress) -> list[str]:
@@ -109,7 +122,8 @@ class PromptedModel:
             mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
             generated = self.model.generate(
                 input_ids=padded.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
-                do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, pad_token_id=pad,
+                do_sample=False, repetition_penalty=1.0, num_beams=1, temperature=None, top_p=None, top_k=None,
+                pad_token_id=pad,
             )  # fmt: skip
             texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
@@ -132,10 +146,13 @@ class Prompted:
     template: PromptTemplate
     labels: LabelSet
     examples: tuple[tuple[str, str], ...] = ()
+    max_text_tokens: int = 192
 
     def messages(self, text: str) -> tuple[str, str]:
         """System and user message for one text."""
-        return self.template.fill(self.labels.names, text, self.examples)
+        most = self.max_text_tokens
+        examples = [(self.model.cut(example, most), label) for example, label in self.examples]
+        return self.template.fill(self.labels.names, self.model.cut(text, most), examples)
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
