@@ -201,11 +201,7 @@ def _submit(ctx: Context, spec: JobSpec) -> JobOut:
     assert spec.dataset_id is not None  # checked by the caller
     with ctx.db.write() as session:
         dataset = catalog.get_dataset(session, spec.dataset_id)
-        if dataset.profile["format"]["label_column"] is None or not dataset.profile["labels"]:
-            raise InvalidData(
-                f"A job of kind '{spec.kind}' needs labels, and this dataset was uploaded without. Upload it again "
-                "with labelled=true."
-            )
+        _refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
         spec = spec.model_copy(update={"name": spec.name or dataset.name})
         job = jobs.submit(
             session, kind=spec.kind, name=spec.name or dataset.name, dataset_id=dataset.id,

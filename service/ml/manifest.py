@@ -29,7 +29,7 @@ class Manifest:
         pad_token_id: What texts are padded with.
         ends_with_eos: Whether exactly one EOS ends every text (decoder bases).
         seed: Of split and training.
-        split: Algorithm, seed and hash of the split it was trained on.
+        split: `algorithm`, and `sha256` of the split.csv it was trained on; its seed is `seed`.
         precision: Of the frozen weights while training.
         libraries: Versions in force.
         files: sha256 of every other file in the folder.
