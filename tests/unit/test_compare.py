@@ -12,18 +12,9 @@ from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from worker.compare import (
-    COST_ORDER,
-    MethodAnswers,
-    best_method,
-    compare,
-    compare_all,
-    headline,
-    holm,
-    minimum_detectable_difference,
-    recommend,
-    rows_to_exclude,
-)
+from service.ml.evidence import compare, holm, minimum_detectable_difference, rows_to_exclude
+from worker.compare import COST_ORDER, MethodAnswers, compare_all
+from worker.verdict import best_method, headline, recommend
 
 K = 4
 MARGIN = 0.02
@@ -139,7 +130,7 @@ def test_swapping_the_sides_mirrors_everything(seed, n):
 def test_the_same_seed_gives_the_same_intervals_whatever_the_step(monkeypatch):
     before = paired(200, 20, 10)
     assert paired(200, 20, 10) == before
-    monkeypatch.setattr("worker.compare.COUNTS_AT_A_TIME", 5000)
+    monkeypatch.setattr("service.ml.evidence.COUNTS_AT_A_TIME", 5000)
     assert paired(200, 20, 10) == before
 
 
@@ -167,8 +158,9 @@ def test_rows_and_answers_must_be_as_many_and_at_least_one():
 def test_a_comparison_is_the_contracts_block():
     block = json.loads(json.dumps(asdict(paired(50, 9, 0)), allow_nan=False))
     intervals = {"accuracy_delta_ci95", "macro_f1_delta_ci95"}
-    whole = {"n", "n_fixed", "n_broken"}
-    shares = {"accuracy_delta", "macro_f1_delta", "mcnemar_p", "mcnemar_p_holm", "minimum_detectable_difference"}
+    whole = {"n", "n_texts", "n_fixed", "n_broken"}
+    shares = {"accuracy_delta", "macro_f1_delta", "mcnemar_p", "mcnemar_p_texts", "mcnemar_p_holm"}
+    shares |= {"minimum_detectable_difference"}
     assert set(block) == {"candidate", "baseline", "on", "verdict"} | intervals | whole | shares
     assert all(len(block[name]) == 2 for name in intervals)
     assert all(isinstance(block[name], int) for name in whole)
@@ -186,7 +178,7 @@ NO_DIFFERENCE = paired(100, 0, 0)
 def test_corrected_p_and_verdicts_agree_with_statsmodels(thousandths, candidate_is_ahead):
     p_values = [thousandth / 1000 for thousandth in thousandths]
     split = {"n_fixed": 1, "n_broken": 0} if candidate_is_ahead else {"n_fixed": 0, "n_broken": 1}
-    corrected = holm([replace(NO_DIFFERENCE, mcnemar_p=p, **split) for p in p_values])
+    corrected = holm([replace(NO_DIFFERENCE, mcnemar_p=p, mcnemar_p_texts=p, **split) for p in p_values])
     expected = multipletests(p_values, method="holm")[1]
     assert [c.mcnemar_p_holm for c in corrected] == pytest.approx(list(expected), abs=1e-9)
     verdict = "candidate_wins" if candidate_is_ahead else "baseline_wins"
@@ -268,9 +260,7 @@ def test_the_cheapest_method_shown_to_be_within_the_margin_is_recommended():
         "(tfidf_logreg) is the cheapest method shown to lose no more than 2 percentage points" in recommendation.reason
     )
     assert "91.2 % against 92.0 % of 1,000 test rows" in recommendation.reason
-    assert sentence.startswith(
-        "Fine-tuning is not shown to pay off: TF-IDF with logistic regression is right on 91.2 %"
-    )
+    assert sentence.startswith("Fine-tuning buys nothing here: TF-IDF with logistic regression is right on 91.2 %")
 
 
 def test_a_difference_that_is_not_significant_is_not_read_as_equal():
@@ -368,7 +358,11 @@ def test_lora_that_beats_a_silent_prompt_but_not_majority_is_not_called_better()
     answers = random_answers({"majority": 0, "lora": 0.05}, 400)
     silent = np.full(300, -1)
     answers["zero_shot_prompt"] = replace(answers["lora"], test_ids=None, subset_ids=silent)
-    assert {c.verdict for c in compare_all(answers, K, 0) if c.baseline == "zero_shot_prompt"} == {"candidate_wins"}
+    against = next(c for c in compare_all(answers, K, 0) if c.baseline == "zero_shot_prompt")
+    assert against.mcnemar_p_holm < 0.001
+    assert against.verdict == "inconclusive"
+    without_majority = {method: answers[method] for method in ("zero_shot_prompt", "lora")}
+    assert [c.verdict for c in compare_all(without_majority, K, 0)] == ["inconclusive"]
     _, sentence = told(answers)
     assert sentence.startswith("Nothing is proven yet")
 
@@ -401,9 +395,7 @@ def test_prompting_that_is_better_is_recommended_over_fine_tuning():
     answers = answers_of({"majority": 750, "zero_shot_prompt": 60, "lora": 200}, on_subset_only=("zero_shot_prompt",))
     recommendation, sentence = told(answers)
     assert recommendation.method == "zero_shot_prompt"
-    assert sentence.startswith(
-        "Fine-tuning is not shown to pay off: zero-shot prompting is right on 94.0 % of 300 test rows"
-    )
+    assert sentence.startswith("Fine-tuning buys nothing here: zero-shot prompting is right on 94.0 % of 300 test rows")
 
 
 @pytest.mark.parametrize("wrong", [60, 100, 600])
