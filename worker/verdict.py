@@ -68,7 +68,7 @@ def recommend(answers: Mapping[str, MethodAnswers], margin: float, n_labels: int
         reason += f" {_too_few_rows(undecided, margin, answers)}"
     if "lora" in answers and best != "lora":
         trial = compare_methods(answers, method, "lora", n_labels, seed)
-        if not _shown(trial.accuracy_delta_ci95[0], trial.n_texts, margin):
+        if trial.verdict != "candidate_wins" and not _shown(trial.accuracy_delta_ci95[0], trial.n_texts, margin):
             reason += f" {_too_few_rows([trial], margin, answers)}"
     if method == "majority":
         reason += " It gives every row the same label: where the rarer labels matter, look at macro-F1 first."
@@ -105,7 +105,8 @@ def headline(
     dearer_prompts = [other for other in dearer if other.endswith("_prompt") and not method.endswith("_prompt")]
     kinds = ["prompting"] * bool(dearer_prompts) + ["fine-tuning"] * ("lora" in dearer)
     opening = ("", "{} is not shown to pay off: ", "neither {} nor {} is shown to pay off: ")[len(kinds)].format(*kinds)
-    if any(c.candidate == "lora" and _shown(-c.accuracy_delta_ci95[1], c.n_texts, margin) for c in comparisons):
+    against_lora = [c for c in comparisons if c.candidate == "lora"]
+    if any(c.winner == c.baseline or _shown(-c.accuracy_delta_ci95[1], c.n_texts, margin) for c in against_lora):
         prompting = " and prompting is not shown to pay off" * bool(dearer_prompts)
         opening = f"fine-tuning buys nothing here{prompting}: "
     is_best = method == best_method(answers)
