@@ -45,7 +45,7 @@ def table(n: int = N, seed: int = 0) -> Table:
 
 @pytest.fixture
 def leave(shared: TestClient, tmp_path: Path) -> Leave:
-    """Leaves a succeeded job whose methods are right so often, silent at 0; those named `prompt` were asked the subset only."""
+    """Leaves a succeeded job whose methods are right so often, silent at 0; prompts are asked the subset only."""
     context = shared.app.state.context  # type: ignore[attr-defined]
 
     def left(
