@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu acceptance check bench lock
+.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench lock
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,7 +22,7 @@ run: setup ## Start the API and one worker on what is in ./data
 	@$(BIN)/tuneproof up
 
 test: setup ## The tests, in under five minutes on two cores
-	$(BIN)/pytest -m "not more and not gpu and not acceptance"
+	$(BIN)/pytest -m "not more and not gpu and not acceptance and not calibrate"
 
 test-more: setup ## What is heavier, or needs servers or browsers
 	$(BIN)/pytest -m more
@@ -32,6 +32,9 @@ test-gpu: setup ## What needs a CUDA GPU
 
 acceptance: setup ## The whole way on the real data sets, some twenty minutes; not part of the other targets
 	$(BIN)/pytest -m acceptance -s
+
+calibrate: setup ## How often the verdict errs: a hundred seeds of chance, and of a gap that is there
+	$(BIN)/pytest -m calibrate -s
 
 check: setup ## Style, types, imports, migrations in step with the models, lines by room
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""The files an experiment leaves: split.csv, predictions.csv, metrics.json."""
+"""The files an experiment leaves: split.csv, predictions.csv, flips.csv, metrics.json."""
 
 import csv
 import json
@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.ml.evidence import PairedComparison
 from service.ml.labels import LabelSet
 from worker.metrics import confidences, label_probabilities
 from worker.predictions import NO_ANSWER, Predictions
 from worker.split import PARTS, Split
+
+FLIP_COLUMNS = ("candidate", "baseline", "row_id", "text", "label", "candidate_answer", "baseline_answer", "flip")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,25 @@ def write_predictions(
                 known = [int(table.row_ids[i]), part, int(i in in_subset), table.texts[i], label]
                 given = [column.get(int(i), "") for method in answers for column in columns[method] if column]
                 writer.writerow(known + given)
+
+
+def write_flips(
+    path: Path, table: Table, split: Split, subset: NDArray[np.int64], answers: Mapping[str, Mapping[str, Predictions]],
+    comparisons: Sequence[PairedComparison],
+) -> None:  # fmt: skip
+    """The rows that one side of a comparison has right and the other wrong, comparison by comparison, by row."""
+    names = [*table.labels.names, ""]  # the last for NO_ANSWER, -1
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(FLIP_COLUMNS)
+        for pair in comparisons:
+            rows = split.test if pair.on == "test" else split.test[subset]
+            ours, others = (answers[method][pair.on].label_ids for method in (pair.candidate, pair.baseline))
+            right = ours == table.label_ids[rows]
+            for at in np.flatnonzero(right != (others == table.label_ids[rows])):
+                i, flip = rows[at], "fixed" if right[at] else "broken"
+                known = [int(table.row_ids[i]), table.texts[i], names[table.label_ids[i]]]
+                writer.writerow([pair.candidate, pair.baseline, *known, names[ours[at]], names[others[at]], flip])
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:

@@ -33,10 +33,11 @@ from service.ml.base_models import Located
 from service.ml.dataset import TableFormat, UploadOptions, profile
 from service.ml.device import DTYPES, pick_device, serving_precision
 from service.ml.engine import Engine
+from service.ml.evidence import same_texts
 from service.ml.manifest import FILE as MANIFEST
 from service.ml.manifest import Manifest, States, sha256_of
-from worker.artifacts import write_json, write_predictions, write_split
-from worker.compare import COST_ORDER, MethodAnswers, compare_all, headline, recommend
+from worker.artifacts import write_flips, write_json, write_predictions, write_split
+from worker.compare import COST_ORDER, MethodAnswers, compare_all
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
 from worker.methods.lora import Lora, LoraRecipe
@@ -50,6 +51,7 @@ from worker.predictions import Predictions
 from worker.prepare import Prepared, prepare
 from worker.progress import Reporter
 from worker.report import render
+from worker.verdict import headline, recommend
 
 STOPPED = 75
 """Exit status of a child that was told to stop (EX_TEMPFAIL)."""
@@ -242,6 +244,7 @@ class Experiment:
         labels, subset = self.table.labels.names, self.ready.subset
         true = {"test": self.test.label_ids, "validation": self.validation.label_ids}
         true["baseline_subset"] = self.test.label_ids[subset]
+        text_ids = same_texts(self.test.texts)
         answers = {name: self.answers[name] for name in COST_ORDER if name in self.answers}
         methods = {
             name: {part: score(predictions, true[part], labels) for part, predictions in parts.items()}
@@ -250,7 +253,7 @@ class Experiment:
         judged = {
             name: MethodAnswers(
                 true["test"], true["baseline_subset"], parts["test"].label_ids if "test" in parts else None,
-                parts["baseline_subset"].label_ids,
+                parts["baseline_subset"].label_ids, text_ids, text_ids[subset],
             )
             for name, parts in answers.items()
         }  # fmt: skip
@@ -265,6 +268,7 @@ class Experiment:
         }
         write_json(self.out / "metrics.json", metrics)
         write_predictions(self.out / "predictions.csv", self.table, self.split, subset, answers)
+        write_flips(self.out / "flips.csv", self.table, self.split, subset, answers, comparisons)
         notes = {
             "job_name": self.spec.name or self.job.job_id, "dataset_name": self.job.dataset.get("name", "dataset"),
             "warnings": self.job.dataset.get("warnings", []), "messages": self.messages,

@@ -24,7 +24,7 @@ from service.db.models import Dataset
 from service.storage import Storage
 from worker.launch import Child, Launcher, LocalChild
 
-TEXT_ARTIFACTS = frozenset({"predictions.csv", "report.html", "prompt.json"})
+TEXT_ARTIFACTS = frozenset({"predictions.csv", "flips.csv", "report.html", "prompt.json"})
 """What is deleted with the dataset whose texts it holds."""
 
 _LOOK_SECONDS = 0.2

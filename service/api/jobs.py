@@ -145,7 +145,7 @@ def list_events(
 @router.get("/jobs/{job_id}/report", response_class=Response)
 def get_report(ctx: Ctx, job_id: str) -> Response:
     """The report, as a page."""
-    artifact = _artifact(ctx, job_id, "report.html")
+    artifact = artifact_of(ctx, job_id, "report.html")
     return StreamingResponse(
         ctx.storage.chunks(artifact.storage_key), media_type=_TYPES[".html"], headers=_PAGE_HEADERS
     )
@@ -154,7 +154,7 @@ def get_report(ctx: Ctx, job_id: str) -> Response:
 @router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=Response)
 def get_artifact(request: Request, ctx: Ctx, job_id: str, name: str) -> Response:
     """One file, or a range of its bytes."""
-    artifact = _artifact(ctx, job_id, name)
+    artifact = artifact_of(ctx, job_id, name)
     headers = {"Accept-Ranges": "bytes", "ETag": f'"{artifact.sha256}"', **_PAGE_HEADERS}
     suffix = "." + name.rpartition(".")[2]
     media_type = _TYPES.get(suffix, "application/octet-stream")
@@ -210,7 +210,7 @@ def _submit(ctx: Context, spec: JobSpec) -> JobOut:
         return _job_out(session, job)
 
 
-def _artifact(ctx: Context, job_id: str, name: str) -> Artifact:
+def artifact_of(ctx: Context, job_id: str, name: str) -> Artifact:
     with ctx.db.read() as session:
         jobs.get(session, job_id)
         artifact = session.get(Artifact, (job_id, name))

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from service.ml.evidence import PairedComparison, Rows
+
 Item = TypeVar("Item")
 
 
@@ -129,6 +131,42 @@ class EventOut(BaseModel):
     type: Literal["status", "progress", "metric", "message"]
     message: str
     data: dict[str, Any]
+
+
+class FlipOut(BaseModel):
+    """A row that one side of a comparison has right and the other wrong; an answer is null where none was given."""
+
+    id: int
+    candidate: str
+    baseline: str
+    row_id: int
+    text: str
+    label: str
+    candidate_answer: str | None
+    baseline_answer: str | None
+    flip: Literal["fixed", "broken"]
+
+
+class SplitOut(BaseModel):
+    algorithm: str
+    seed: int
+    sha256: str
+
+
+class ComparedMethodOut(BaseModel):
+    accuracy: float
+    macro_f1: float
+    on: Rows
+    model_id: str | None
+
+
+class CompareOut(BaseModel):
+    """Jobs side by side; `methods` and the two sides of each comparison are named `job_id/method`."""
+
+    dataset_sha256: str
+    split: SplitOut
+    methods: dict[str, ComparedMethodOut]
+    comparison: list[PairedComparison]
 
 
 class ModelOut(BaseModel):

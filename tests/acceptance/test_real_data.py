@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap, norm
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(3600)]
@@ -98,15 +98,77 @@ def check_figures(metrics: dict[str, Any], rows: list[dict[str, str]]) -> None:
                 two = np.column_stack([1 - probability, probability])
                 loss = log_loss(np.ones(len(two)), two, labels=[0, 1])
                 assert figures["log_loss"] == pytest.approx(loss, rel=1e-6)
+    check_comparisons(metrics, parts, number)
+
+
+def check_comparisons(
+    metrics: dict[str, Any], parts: dict[str, list[dict[str, str]]], number: dict[str, int]
+) -> None:  # fmt: skip
+    """Every difference, interval, p and verdict, again, with scipy; equal texts are drawn and counted as one."""
+    by_row, by_text = [], []
     for pair in metrics["comparison"]:
         chosen = parts[pair["on"]]
-        right = {m: np.array([row[m] == row["label"] for row in chosen]) for m in (pair["candidate"], pair["baseline"])}
-        fixed = int((right[pair["candidate"]] & ~right[pair["baseline"]]).sum())
-        broken = int((~right[pair["candidate"]] & right[pair["baseline"]]).sum())
-        p = binomtest(fixed, fixed + broken, 0.5).pvalue if fixed + broken else 1.0
-        assert (pair["n"], pair["n_fixed"], pair["n_broken"]) == (len(chosen), fixed, broken)
-        assert math.isclose(pair["mcnemar_p"], p, rel_tol=1e-9, abs_tol=1e-300)
+        sides = (pair["candidate"], pair["baseline"])
+        true, *given = (np.array([number.get(row[name], -1) for row in chosen]) for name in ("label", *sides))
+        gained = 1 * (given[0] == true) - (given[1] == true)
+        folded = [" ".join(row["text"].casefold().split()) for row in chosen]
+        texts = np.unique(folded, return_inverse=True)[1]
+        votes = np.sign(np.bincount(texts, gained))
+        n_rows = np.bincount(texts)
+        fixed, broken = int((gained > 0).sum()), int((gained < 0).sum())
+        assert (pair["n"], pair["n_texts"]) == (len(chosen), len(votes))
+        assert (pair["n_fixed"], pair["n_broken"]) == (fixed, broken)
+        by_row.append(sign_test(fixed, broken))
+        by_text.append(sign_test(int((votes > 0).sum()), int((votes < 0).sum())))
+        assert math.isclose(pair["mcnemar_p"], by_row[-1], rel_tol=1e-9, abs_tol=1e-300)
+        assert math.isclose(pair["mcnemar_p_texts"], by_text[-1], rel_tol=1e-9, abs_tol=1e-300)
         assert pair["accuracy_delta"] == pytest.approx((fixed - broken) / len(chosen), abs=1e-12)
+        sums = np.bincount(texts, gained)
+        options = {"method": "percentile", "paired": True, "rng": np.random.default_rng(0)}
+        interval = bootstrap(
+            (sums, n_rows), lambda gains, rows, axis=-1: gains.sum(axis) / rows.sum(axis), vectorized=True, **options
+        ).confidence_interval
+        assert pair["accuracy_delta_ci95"] == pytest.approx(tuple(interval), abs=0.01)
+        rows_of = np.split(np.argsort(texts, kind="stable"), np.cumsum(n_rows)[:-1])
+
+        def macro_f1_delta(drawn: Any, rows_of: Any = rows_of, true: Any = true, given: Any = given) -> Any:
+            rows = np.concatenate([rows_of[int(text)] for text in drawn])
+            options: Any = {"labels": range(len(number)), "average": "macro", "zero_division": 0}
+            first, second = (f1_score(true[rows], ids[rows], **options) for ids in given)
+            return first - second
+
+        assert pair["macro_f1_delta"] == pytest.approx(macro_f1_delta(range(len(votes))), abs=1e-9)
+        interval = bootstrap(
+            (np.arange(len(votes)),), macro_f1_delta, n_resamples=400, vectorized=False, **options
+        ).confidence_interval
+        assert pair["macro_f1_delta_ci95"] == pytest.approx(tuple(interval), abs=0.01)
+        discordance, delta = float(np.mean(votes != 0)), pair["minimum_detectable_difference"]
+        z_alpha, z_beta = norm.ppf([0.975, 0.8])
+        discordance = max(discordance, delta)  # all of them going one way
+        needed = ((z_alpha * discordance**0.5 + z_beta * (discordance - delta**2) ** 0.5) / delta) ** 2
+        assert needed == pytest.approx(len(votes))
+    p_holm = holm(by_row)
+    decided = [max(ps) < 0.05 for ps in zip(p_holm, holm(by_text), strict=True)]
+    unproven = {
+        pair["candidate"]
+        for pair, is_decided in zip(metrics["comparison"], decided, strict=True)
+        if pair["baseline"] == "majority" and not (is_decided and pair["n_fixed"] > pair["n_broken"])
+    }
+    for pair, p, is_decided in zip(metrics["comparison"], p_holm, decided, strict=True):
+        assert math.isclose(pair["mcnemar_p_holm"], p, rel_tol=1e-9, abs_tol=1e-300)
+        winner = "candidate" if pair["n_fixed"] > pair["n_broken"] else "baseline"
+        wins = is_decided and pair[winner] not in unproven
+        assert pair["verdict"] == (f"{winner}_wins" if wins else "inconclusive")
+
+
+def sign_test(fixed: int, broken: int) -> float:
+    return float(binomtest(fixed, fixed + broken, 0.5).pvalue) if fixed + broken else 1.0
+
+
+def holm(p_values: list[float]) -> list[float]:
+    order = np.argsort(p_values)
+    steps = np.maximum.accumulate(np.array(p_values)[order] * np.arange(len(p_values), 0, -1))
+    return np.minimum(steps, 1.0)[np.argsort(order)].tolist()
 
 
 def test_banking77_with_nothing_given_reaches_its_thresholds_and_its_adapter_serves(

@@ -45,6 +45,8 @@ NEEDS: dict[tuple[str, str], str | None] = {
     ("GET", "/jobs/{job_id}/events"): "read",
     ("GET", "/jobs/{job_id}/report"): "read",
     ("GET", "/jobs/{job_id}/artifacts/{name}"): "read",
+    ("GET", "/jobs/{job_id}/flips"): "read",
+    ("GET", "/compare"): "read",
     ("GET", "/models"): "read",
     ("GET", "/models/{model_id}"): "read",
     ("GET", "/models/{model_id}/download"): "read",

@@ -30,6 +30,11 @@ FIELDS = {
     "ProgressOut": "fraction message eta_seconds",
     "ArtifactOut": "name size_bytes sha256 url",
     "EventOut": "id job_id created_at level type message data",
+    "FlipOut": "id candidate baseline row_id text label candidate_answer baseline_answer flip",
+    "CompareOut": "dataset_sha256 split methods comparison",
+    "PairedComparison": "candidate baseline on n n_texts accuracy_delta accuracy_delta_ci95 macro_f1_delta "
+    "macro_f1_delta_ci95 n_fixed n_broken mcnemar_p mcnemar_p_texts mcnemar_p_holm minimum_detectable_difference "
+    "verdict",
     "ModelOut": "id name version method job_id base_model base_revision labels created_at aliases metrics size_bytes",
     "AliasIn": "model_id",
     "PredictIn": "model texts text top_k min_confidence",

@@ -126,7 +126,13 @@ def leaves(*names: str) -> Callable[[FakeChild], None]:
     """Writes what an experiment leaves."""
 
     def write(child: FakeChild) -> None:
-        for name in names or ("metrics.json", "predictions.csv", "report.html", "adapter/adapter_model.safetensors"):
+        for name in names or (
+            "metrics.json",
+            "predictions.csv",
+            "flips.csv",
+            "report.html",
+            "adapter/adapter_model.safetensors",
+        ):
             file = child.folder / "out" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(name.encode())
@@ -158,8 +164,8 @@ def test_a_job_that_succeeds_is_published_once(bench: Bench) -> None:
         assert b"".join(bench.storage.chunks(f"{model.storage_prefix}/{file}"))
     found = {artifact.name: artifact.holds_texts for artifact in bench.rows(Artifact)}
     assert found == {
-        "metrics.json": False, "predictions.csv": True, "report.html": True, "adapter/manifest.json": False,
-        "adapter/adapter_model.safetensors": False,
+        "metrics.json": False, "predictions.csv": True, "flips.csv": True, "report.html": True,
+        "adapter/manifest.json": False, "adapter/adapter_model.safetensors": False,
     }  # fmt: skip
     assert b"".join(bench.storage.chunks(bench.rows(Artifact)[0].storage_key))
     assert not bench.children[0].folder.exists()

@@ -124,6 +124,7 @@ def test_make_lists_its_targets() -> None:
         "test-more",
         "test-gpu",
         "acceptance",
+        "calibrate",
         "check",
         "bench",
         "lock",
