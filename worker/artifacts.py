@@ -78,23 +78,30 @@ def write_predictions(
                 writer.writerow(known + given)
 
 
-def write_flips(
-    path: Path, table: Table, split: Split, subset: NDArray[np.int64], answers: Mapping[str, Mapping[str, Predictions]],
+def flips(
+    table: Table, split: Split, subset: NDArray[np.int64], answers: Mapping[str, Mapping[str, Predictions]],
     comparisons: Sequence[PairedComparison],
-) -> None:  # fmt: skip
+) -> list[dict[str, str]]:  # fmt: skip
     """The rows that one side of a comparison has right and the other wrong, comparison by comparison, by row."""
     names = [*table.labels.names, ""]  # the last for NO_ANSWER, -1
+    found = []
+    for pair in comparisons:
+        rows = split.test if pair.on == "test" else split.test[subset]
+        ours, others = (answers[method][pair.on].label_ids for method in (pair.candidate, pair.baseline))
+        right = ours == table.label_ids[rows]
+        for at in np.flatnonzero(right != (others == table.label_ids[rows])):
+            i, kind = rows[at], "fixed" if right[at] else "broken"
+            known = (str(table.row_ids[i]), table.texts[i], names[table.label_ids[i]])
+            row = (pair.candidate, pair.baseline, *known, names[ours[at]], names[others[at]], kind)
+            found.append(dict(zip(FLIP_COLUMNS, row, strict=True)))
+    return found
+
+
+def write_flips(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FLIP_COLUMNS)
-        for pair in comparisons:
-            rows = split.test if pair.on == "test" else split.test[subset]
-            ours, others = (answers[method][pair.on].label_ids for method in (pair.candidate, pair.baseline))
-            right = ours == table.label_ids[rows]
-            for at in np.flatnonzero(right != (others == table.label_ids[rows])):
-                i, flip = rows[at], "fixed" if right[at] else "broken"
-                known = [int(table.row_ids[i]), table.texts[i], names[table.label_ids[i]]]
-                writer.writerow([pair.candidate, pair.baseline, *known, names[ours[at]], names[others[at]], flip])
+        writer = csv.DictWriter(file, FLIP_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from scipy.stats import binomtest
 
+from worker import plots
 from worker.compare import COST_ORDER, PLAIN_NAMES
 
 MOST_CONFUSED = 15
+MOST_FLIPS = 20
 # A matrix of more labels is megabytes that nobody reads; the most confused pairs say the same.
 MATRIX_LIMIT = 200
 NO_ANSWER_LABEL = "(no answer)"
@@ -23,31 +26,53 @@ _TEMPLATES = Environment(
 )
 
 
-def render(metrics: Mapping[str, Any], summary: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+def render(
+    metrics: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    notes: Mapping[str, Any],
+    flips: Sequence[Mapping[str, str]] = (),
+) -> str:
     """The report of one job.
 
     Args:
         metrics: The contract's `metrics.json`.
         summary: The job's `headline`, `recommendation` and `methods`.
         notes: `job_name`, `dataset_name`, `warnings` (each `code`, `message`, `count`, `rows`), `messages`, `spec`.
+        flips: The rows of `flips.csv`.
     """
-    ladder = [method for method in COST_ORDER if method in metrics["methods"]]
+    methods = metrics["methods"]
+    ladder = [(method, *_widest(methods[method])) for method in COST_ORDER if method in methods]
+    intervals = {method: _interval(figures) for method, _rows, figures in ladder}
     recommended = summary["recommendation"]["method"]
-    rows, figures = _widest(metrics["methods"][recommended])
+    rows, figures = _widest(methods[recommended])
+    other, label_part = _counterpart(recommended, metrics["comparison"], methods) or (None, rows)
+    calibrated = {
+        method: figures for method, _rows, figures in ladder if figures["n"] and "calibration" in figures
+    }  # fmt: skip
     return _TEMPLATES.get_template("report.html").render(
         metrics=metrics,
         summary=summary,
         notes=notes,
+        flips=_shown_flips(flips, recommended, other),
         names=PLAIN_NAMES,
-        ladder=[(method, *_widest(metrics["methods"][method])) for method in ladder],
+        ladder=ladder,
+        intervals=intervals,
+        asks=any("prompt_tokens" in figures for _method, _rows, figures in ladder),
         recommended=recommended,
         rows=rows,
         figures=figures,
+        other=other,
+        most_flips=MOST_FLIPS,
         columns=[*metrics["labels"], NO_ANSWER_LABEL],
         shows_matrix=len(metrics["labels"]) <= MATRIX_LIMIT,
         shade=_shade,
         confused=most_confused(figures["confusion_matrix"], metrics["labels"]),
-        per_label=sorted(figures["per_label"].items(), key=lambda item: item[1]["f1"]),
+        label_part=label_part,
+        label_rows=methods[recommended][label_part]["n"],
+        per_label=_per_label(methods, recommended, other, label_part),
+        overtaking=_overtaking(metrics),
+        plots=_plots(metrics, ladder, intervals, recommended, calibrated),
+        calibration_errors=[(method, of["expected_calibration_error"]) for method, of in calibrated.items()],
         unproven=_unproven(metrics["comparison"]),
         spec=json.dumps(notes["spec"], indent=2, ensure_ascii=False),
     )
@@ -69,6 +94,101 @@ def _widest(parts: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """A method's figures on the test part, or on the baseline subset where it was run on that only."""
     rows = "test" if "test" in parts else "baseline_subset"
     return rows, parts[rows]
+
+
+def _interval(figures: Mapping[str, Any]) -> tuple[float, float]:
+    """Wilson's 95 % interval of the accuracy. Source: Wilson 1927; Brown, Cai & DasGupta 2001."""
+    if figures["accuracy"] is None:
+        return 0.0, 1.0
+    right = round(figures["accuracy"] * figures["n"])
+    found = binomtest(right, figures["n"]).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _counterpart(
+    recommended: str, comparisons: Sequence[Mapping[str, Any]], methods: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """What the recommended method is set against in detail, and on which rows: a prompt, else the best other one."""
+    pairs = [
+        (c["baseline"] if c["candidate"] == recommended else c["candidate"], c["on"])
+        for c in comparisons
+        if recommended in (c["candidate"], c["baseline"])
+    ]
+    return max(
+        pairs, key=lambda pair: (pair[0].endswith("_prompt"), methods[pair[0]][pair[1]]["accuracy"] or 0), default=None
+    )
+
+
+def _per_label(
+    methods: Mapping[str, Any], recommended: str, other: str | None, part: str
+) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """`(label, figures, figures of the other method)`: what changed most first, or the weakest where there is none."""
+    own = methods[recommended][part]["per_label"]
+    if other is None:
+        return sorted(((label, of, {}) for label, of in own.items()), key=lambda row: row[1]["f1"])
+    before = methods[other][part]["per_label"]
+    rows = [(label, of, before[label]) for label, of in own.items()]
+    return sorted(rows, key=lambda row: -abs(row[1]["f1"] - row[2]["f1"]))
+
+
+def _shown_flips(flips: Sequence[Mapping[str, str]], after: str, before: str | None) -> list[dict[str, str]]:
+    """The first fixed and the first broken rows of the pair, from the side of the recommended method."""
+    shown: dict[str, list[dict[str, str]]] = {"fixed": [], "broken": []}
+    for flip in flips:
+        if {flip["candidate"], flip["baseline"]} != {after, before}:
+            continue
+        ours, theirs = "candidate_answer", "baseline_answer"
+        if flip["candidate"] != after:
+            ours, theirs = theirs, ours
+        kind = "fixed" if flip[ours] == flip["label"] else "broken"
+        if len(shown[kind]) < MOST_FLIPS:
+            known = {key: flip[key] for key in ("row_id", "text", "label")}
+            shown[kind].append(known | {"before": flip[theirs], "after": flip[ours], "flip": kind})
+    return shown["fixed"] + shown["broken"]
+
+
+def _overtaking(metrics: Mapping[str, Any]) -> str:
+    """Where training passes prompting, in words; by the accuracies measured, without a test."""
+    prompts = _prompts(metrics)
+    if not prompts:
+        return "No prompt was run, so there is nothing for training to overtake."
+    found = metrics.get("overtakes")
+    best = max(prompts, key=lambda method: prompts[method])
+    if found is None:
+        return f"On no share of the train rows did a trained method pass {PLAIN_NAMES[best]} ({prompts[best]:.1%})."
+    return (
+        f"{PLAIN_NAMES[found['method']]} passes {PLAIN_NAMES[best]} ({prompts[best]:.1%} of its "
+        f"{metrics['baseline_subset']['n']:,} rows) from {found['n_train']:,} train rows on. These are single runs on "
+        "few rows: read the place as rough."
+    )
+
+
+def _prompts(metrics: Mapping[str, Any]) -> dict[str, float]:
+    methods = metrics["methods"]
+    return {m: parts["baseline_subset"]["accuracy"] for m, parts in methods.items() if m.endswith("_prompt")}
+
+
+def _plots(
+    metrics: Mapping[str, Any],
+    ladder: Sequence[tuple[str, str, Mapping[str, Any]]],
+    intervals: Mapping[str, tuple[float, float]],
+    recommended: str,
+    calibrated: Mapping[str, Mapping[str, Any]],
+) -> dict[str, str]:
+    estimates = [
+        plots.Estimate(PLAIN_NAMES[method], figures["accuracy"], *intervals[method], method == recommended)
+        for method, _rows, figures in ladder
+        if figures["accuracy"] is not None
+    ]
+    drawn = {"ladder": plots.ladder(estimates)}
+    if metrics.get("learning_curve"):
+        drawn["learning_curve"] = plots.learning_curve(metrics["learning_curve"], PLAIN_NAMES, _prompts(metrics))
+    if calibrated:
+        bins = {method: figures["calibration"]["bins"] for method, figures in calibrated.items()}
+        drawn["reliability"] = plots.reliability(bins, PLAIN_NAMES)
+        curves = {method: figures["coverage"] for method, figures in calibrated.items()}
+        drawn["coverage"] = plots.coverage(curves, PLAIN_NAMES)
+    return drawn
 
 
 def _shade(count: int, of: int) -> int:

@@ -36,7 +36,7 @@ from service.ml.engine import Engine
 from service.ml.evidence import same_texts
 from service.ml.manifest import FILE as MANIFEST
 from service.ml.manifest import Manifest, States, sha256_of
-from worker.artifacts import write_flips, write_json, write_predictions, write_split
+from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.compare import COST_ORDER, MethodAnswers, compare_all
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
@@ -268,13 +268,14 @@ class Experiment:
         }
         write_json(self.out / "metrics.json", metrics)
         write_predictions(self.out / "predictions.csv", self.table, self.split, subset, answers)
-        write_flips(self.out / "flips.csv", self.table, self.split, subset, answers, comparisons)
+        changed = flips(self.table, self.split, subset, answers, comparisons)
+        write_flips(self.out / "flips.csv", changed)
         notes = {
             "job_name": self.spec.name or self.job.job_id, "dataset_name": self.job.dataset.get("name", "dataset"),
             "warnings": self.job.dataset.get("warnings", []), "messages": self.messages,
             "spec": self.spec.model_dump(),
         }  # fmt: skip
-        (self.out / "report.html").write_text(render(metrics, summary, notes), encoding="utf-8")
+        (self.out / "report.html").write_text(render(metrics, summary, notes, changed), encoding="utf-8")
         return summary
 
     def _figures(self, methods: dict[str, Any], comparisons: list[dict[str, Any]]) -> dict[str, Any]:

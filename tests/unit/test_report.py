@@ -1,8 +1,10 @@
+import re
 from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from worker.compare import MethodAnswers, compare_all
 from worker.metrics import score
@@ -19,7 +21,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.open, self.text = [], [], ""
+        self.tags, self.open, self.text, self.pieces = [], [], "", []
         self.feed(html)
         assert self.open == []
 
@@ -37,6 +39,12 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if "style" not in self.open:
             self.text += data
+            self.pieces.append(data)
+
+    @property
+    def words(self):
+        """The text with a space between cells."""
+        return " ".join(" ".join(self.pieces).split())
 
     def all(self, *names):
         return [attributes for tag, attributes in self.tags if tag in names]
@@ -141,7 +149,7 @@ def test_the_page_asks_the_network_for_nothing():
     addresses = [attributes.get(name) for _, attributes in page.tags for name in ("src", "href", "data", "action")]
     # An empty icon keeps browsers from asking for /favicon.ico.
     assert [address for address in addresses if address] == ["data:,"]
-    assert not any(word in html for word in ("url(", "@import", "http:", "https:"))
+    assert re.findall(r"@import|https?:|url\((?!#)", html) == []
 
 
 def test_every_table_has_a_caption_and_every_header_a_scope():
@@ -205,3 +213,82 @@ def test_figures_that_are_null_are_shown_as_a_dash():
     metrics["methods"]["tfidf_logreg"]["test"] |= {"accuracy": None, "macro_f1": None}
     metrics["dataset"] |= {"n_rows": None, "sha256": "unknown"}
     assert "None" not in Page(render(metrics, summary, notes)).text
+
+
+def flip(row_id, *, fixed, candidate="lora", baseline="zero_shot_prompt", text="where is my card"):
+    answers = ("refund", "fee") if fixed else ("fee", "refund")
+    kind = "fixed" if fixed else "broken"
+    sides = dict(zip(("candidate_answer", "baseline_answer"), answers, strict=True))
+    return {"candidate": candidate, "baseline": baseline, "row_id": str(row_id), "text": text, "label": "refund",
+            "flip": kind} | sides  # fmt: skip
+
+
+def test_every_method_stands_in_the_ladder_with_wilsons_interval():
+    metrics, summary, notes = job(USUAL)
+    html = render(metrics, summary, notes)
+    described = re.search(r'<desc id="ladder-description">(.*?)</desc>', html)[1]
+    for method, parts in metrics["methods"].items():
+        figures = parts.get("test", parts["baseline_subset"])
+        low, high = proportion_confint(round(figures["accuracy"] * figures["n"]), figures["n"], method="wilson")
+        assert f"{figures['accuracy']:.1%} ({low:.1%} to {high:.1%})" in described
+        assert f"{100 * low:.1f}\xa0% to {100 * high:.1f}\xa0%" in Page(html).text, method
+
+
+def test_labels_stand_by_how_much_they_changed_from_the_prompt():
+    metrics, summary, notes = job(USUAL)
+    own, before = (metrics["methods"][m]["baseline_subset"]["per_label"] for m in ("lora", "zero_shot_prompt"))
+    change = {label: own[label]["f1"] - before[label]["f1"] for label in own}
+    text = Page(render(metrics, summary, notes)).text
+    shown = re.findall(r"[+-]\d+\.\d", text[text.index("F1 before") : text.index("The training")])
+    assert shown == [f"{100 * d:+.1f}" for d in sorted(change.values(), key=abs, reverse=True)]
+
+
+def test_flips_are_told_from_the_side_of_the_recommended_method():
+    metrics, summary, notes = job(USUAL)
+    assert summary["recommendation"]["method"] == "lora"
+    flips = [flip(3, fixed=True, text=HOSTILE), flip(8, fixed=False), flip(9, fixed=True, baseline="majority")]
+    page = Page(render(metrics, summary, notes, flips))
+    words = page.words[page.words.index("Rows that changed sides") :]
+    assert f"3 {HOSTILE} refund fee refund fixed" in words
+    assert "8 where is my card refund refund fee broken" in words
+    assert " 9 where is my card" not in words
+    summary["recommendation"]["method"] = "zero_shot_prompt"
+    words = Page(render(metrics, summary, notes, flips)).words
+    assert "8 where is my card refund fee refund fixed" in words
+
+
+def test_learning_curve_and_reliability_are_drawn_and_told_where_there_are_figures():
+    metrics, summary, notes = job(USUAL)
+    bins = [{"low": i / 10, "high": (i + 1) / 10, "n": i, "mean_confidence": i / 10 + 0.05, "accuracy": i / 10}
+            for i in range(10)]  # fmt: skip
+    metrics["methods"]["lora"]["test"] |= {
+        "calibration": {"bins": bins},
+        "coverage": [{"threshold": 0.5, "coverage": 0.8, "accuracy": 0.99}],
+        "expected_calibration_error": 0.05,
+    }
+    points = [(0.1, 96, 0.41), (1.0, 960, 0.97)]
+    metrics["learning_curve"] = [
+        {"share": s, "n_train": n, "methods": {"lora": {"accuracy": a, "macro_f1": a}}} for s, n, a in points
+    ]
+    metrics["overtakes"] = {"method": "lora", "n_train": 960}
+    html = render(metrics, summary, notes)
+    assert "LoRA fine-tuning: 41.0% at 96 rows, 97.0% at 960 rows" in html
+    assert "passes zero-shot prompting" in html
+    assert "from 960 train rows on" in html
+    assert "80% right at 85%" in html
+    assert "99.0% right of 80%" in html
+    assert "LoRA fine-tuning 0.050." in " ".join(Page(html).text.split())
+    ids = re.findall(r'\sid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', html)) <= set(ids)
+
+
+def test_what_a_remote_prompt_cost_stands_in_the_ladder():
+    metrics, summary, notes = job(USUAL)
+    asked = metrics["methods"]["zero_shot_prompt"]["baseline_subset"]
+    asked |= {"prompt_tokens": 30_000, "completion_tokens": 300, "cost": 0.06}
+    words = Page(render(metrics, summary, notes)).words
+    assert "Cost per 1,000" in words
+    assert " 505000 1 " in words.replace(",", "")
+    del asked["prompt_tokens"]
+    assert "Cost per 1,000" not in Page(render(metrics, summary, notes)).text
