@@ -22,7 +22,7 @@ from service.ml.evidence import same_texts
 from service.ml.labels import LabelSet
 from tests.problems import problem_of
 from tests.rows import GRACE, START, add_job, claim
-from worker.artifacts import Table, write_flips, write_json, write_predictions, write_split
+from worker.artifacts import Table, flips, write_flips, write_json, write_predictions, write_split
 from worker.compare import MethodAnswers, compare_all
 from worker.predictions import Predictions
 from worker.split import split_rows, stratified_subset
@@ -80,7 +80,7 @@ def leave(shared: TestClient, tmp_path: Path) -> Leave:
         comparisons = compare_all(judged, len(LABELS), seed)
         write_split(folder / "split.csv", rows, split)
         write_predictions(folder / "predictions.csv", rows, split, subset, answers)
-        write_flips(folder / "flips.csv", rows, split, subset, answers, comparisons)
+        write_flips(folder / "flips.csv", flips(rows, split, subset, answers, comparisons))
         write_json(
             folder / "metrics.json",
             {
