@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    n, rounds = (96, 1) if given.quick else (300, 3)
+    n, rounds = (72, 1) if given.quick else (300, 3)
     tokenizer, model = trained_tokenizer(), random_qwen3()
     texts = written_texts(n)
     messages = [PromptTemplate().fill(LABELS, text) for text in texts]
