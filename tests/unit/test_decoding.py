@@ -184,6 +184,14 @@ def test_whoever_stops_the_decoding_leaves_the_model_as_it_was():
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.gpu
+def test_a_gpu_answers_as_stock_code_does_there():
+    model, rows = built(SHARED["qwen3, grouped heads"]).to("cuda"), prompts()
+    with torch.inference_mode():
+        assert SharedPrefix.of(model, rows, N_NEW) is not None
+    assert answered(model, rows) == answered(model, rows, stock_generate)
+
+
 # The trie ------------------------------------------------------------------------------------------
 
 
