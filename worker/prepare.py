@@ -1,6 +1,6 @@
 """Before any work: which base models, which rows, which split, and what every `auto` of the spec comes to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def prepare(
     wants_prompt = spec.runs_baselines and "zero_shot" in spec.baseline.methods
     prompt_model = _find_prompt_model(spec, base, models_dir, device, say) if wants_prompt else None
     table, split, algorithm = _read(spec, file, table_format)
+    _check_descriptions(spec.baseline.label_descriptions, table.labels)
     test_texts = [table.texts[i] for i in split.test]
     subset = stratified_subset(test_texts, table.label_ids[split.test], spec.baseline.sample_size, spec.seed)
     say(
@@ -141,6 +142,16 @@ def _read(spec: JobSpec, file: Path, table_format: TableFormat) -> tuple[Table, 
     if len(np.unique(table.label_ids[split.train])) < 2:
         raise InvalidData("All train rows have the same label.", hint="Give the train part rows of two labels or more.")
     return table, split, algorithm
+
+
+def _check_descriptions(descriptions: Mapping[str, str], labels: LabelSet) -> None:
+    unknown = [repr(label) for label in descriptions if labels.id_of(label) is None]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise InvalidData(
+            f"baseline.label_descriptions describes {', '.join(unknown[:5])}{more}: no usable row has such a label.",
+            hint="Spell every label as the dataset does, or leave its description out.",
+        )
 
 
 def _resolve(spec: JobSpec, base: Located, prompt_model: Located | None, n_train: int, device: torch.device) -> JobSpec:

@@ -42,7 +42,7 @@ from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
 from worker.methods.lora import Lora, LoraRecipe
 from worker.methods.majority import Majority
-from worker.methods.prompts import PromptTemplate
+from worker.methods.prompts import USER_V1, PromptTemplate
 from worker.methods.protocol import OnProgress, Predictor, Rows
 from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Prompted, PromptedModel, Similarity, draw_examples
@@ -163,20 +163,22 @@ class Experiment:
             elif self.ready.prompt_model is not None:
                 self._prompt(self.ready.prompt_model, on_progress)
             else:
-                self._predict_all("zero_shot_similarity", Similarity(self.base, self.table.labels), on_progress)
+                described = self.spec.baseline.label_descriptions
+                similarity = Similarity(self.base, self.table.labels, described)
+                self._predict_all("zero_shot_similarity", similarity, on_progress)
 
     def _prompt(self, source: Located, on_progress: OnProgress) -> None:
-        model = PromptedModel(source, self.device)
-        own = self.spec.baseline.prompt_template
-        template = PromptTemplate() if own is None else PromptTemplate(user=own, version="own")
+        asked = self.spec.baseline
+        model = PromptedModel(source, self.device, asked.decoding)
+        template = PromptTemplate(asked.prompt_template or USER_V1, descriptions=asked.label_descriptions)
         texts = tuple(self.test.texts[i] for i in self.ready.subset)
         longest = self.spec.train.max_length
         prompted = {"zero_shot_prompt": Prompted(model, template, self.table.labels, max_text_tokens=longest)}
         if self.spec.baseline.few_shot:
             examples = draw_examples(self.train, self.spec.baseline.few_shot, self.spec.seed)
             prompted["few_shot_prompt"] = Prompted(model, template, self.table.labels, examples, longest)
-        shown: dict[str, Any] = {"prompt_model": source.base.name, "revision": source.revision}
-        shown["template_version"] = template.version
+        shown: dict[str, Any] = {**model.facts, "template_version": template.version, "template": template.user}
+        shown["label_descriptions"] = asked.label_descriptions
         for name, method in prompted.items():
             self.answers[name] = {"baseline_subset": method.predict(texts, on_progress)}
             shown[name] = dict(zip(("system", "user"), method.messages(texts[0]), strict=True))

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 Auto = Literal["auto"]
 Kind = Literal["experiment", "train", "baseline", "predict"]
 BaselineMethod = Literal["majority", "tfidf_logreg", "embedding_logreg", "zero_shot"]
+Decoding = Literal["free", "constrained"]
 MAX_SEED = 2**32 - 1
 
 
@@ -32,6 +33,9 @@ class SplitSpec(_Part):
         return self
 
 
+Description = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
+
+
 class BaselineSpec(_Part):
     """The methods to compare the fine-tune with."""
 
@@ -42,6 +46,12 @@ class BaselineSpec(_Part):
     prompt_model: Annotated[str, Field(min_length=1, max_length=200)] = "auto"
     prompt_template: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0
+    decoding: Annotated[
+        Decoding, Field(description="`constrained` generates one of the labels; `free` any text, which is parsed.")
+    ] = "free"
+    label_descriptions: Annotated[
+        dict[str, Description], Field(max_length=1000, description="What a label means, by label; for the prompt.")
+    ] = {}
 
     @model_validator(mode="after")
     def _methods_are_distinct(self) -> "BaselineSpec":

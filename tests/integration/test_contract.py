@@ -22,7 +22,7 @@ FIELDS = {
     "JobUpload": f"file spec {FORM}",
     "JobSpec": "dataset_id kind name base_model seed split baseline train margin metadata model",
     "SplitSpec": "train validation test",
-    "BaselineSpec": "methods sample_size prompt_model prompt_template few_shot",
+    "BaselineSpec": "methods sample_size prompt_model prompt_template few_shot decoding label_descriptions",
     "TrainSpec": "epochs batch_size learning_rate max_length lora_rank lora_alpha lora_dropout target_modules "
     "precision gradient_checkpointing class_weights early_stopping_patience",
     "JobOut": "id kind name status terminal stage progress attempt created_at started_at finished_at "

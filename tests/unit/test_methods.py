@@ -15,6 +15,7 @@ from service.ml.engine import Engine
 from service.ml.labels import LabelSet
 from tests.adapters import manifest
 from tests.tiny import BERT, KEYWORDS, QWEN3, QWEN3_EOS, QWEN3_STOCK, labelled_texts
+from worker.methods import decoding as decoding_module
 from worker.methods import frozen as frozen_module
 from worker.methods import zero_shot
 from worker.methods.embedding_logreg import EmbeddingLogreg
@@ -165,6 +166,15 @@ def test_similarity_is_the_cosine_of_text_and_label_name(tiny_models):
     assert got.raw is None
 
 
+def test_similarity_reads_the_descriptions_too(tiny_models):
+    """A label is as near as a label that spells name and description out."""
+    labels, base = LabelSet.of(("late_parcel", "lost_password")), frozen(tiny_models)
+    got = Similarity(base, labels, {"late_parcel": "the courier\ndid not come"}).predict(VALIDATION.texts)
+    spelled = LabelSet(("late parcel: the courier did not come", "lost password"))
+    np.testing.assert_array_equal(got.label_ids, Similarity(base, spelled).predict(VALIDATION.texts).label_ids)
+    assert {"late parcel: the courier did not come", "lost password"} in [set(texts) for texts in base._states]
+
+
 # Prompts -------------------------------------------------------------------------------------------
 
 
@@ -213,7 +223,7 @@ def test_prompted_answers_equal_stock_generate_one_row_at_a_time(name, chat, tin
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models / name)
     stock = AutoModelForCausalLM.from_pretrained(tiny_models / name, dtype=torch.float32).eval()
-    n_tokens = model.label_tokens(LABELS)
+    n_tokens = model.label_tokens(LABELS.names)
     for i, text in enumerate(texts):
         system, user = prompted.messages(text)
         if chat:
@@ -261,14 +271,49 @@ def test_markup_in_a_prompted_text_is_data(markup, chat, tiny_models):
     assert markup in model.tokenizer.decode(model.encode_prompt(*prompted.messages(markup)))
 
 
-def test_many_small_batches_answer_as_one_large(tiny_models, in_fp32, monkeypatch):
-    model = PromptedModel(locate(find_base(QWEN3, tiny_models)), CPU)
-    prompts = [model.encode_prompt("s", text) for text in VALIDATION.texts[:9]]
+@pytest.mark.parametrize("decoding", ["free", "constrained"])
+def test_many_small_batches_answer_as_one_large(decoding, tiny_models, in_fp32, monkeypatch):
+    model = PromptedModel(locate(find_base(QWEN3, tiny_models)), CPU, decoding)
+    prompts = [("Sort.", text) for text in VALIDATION.texts[:9]]
     seen = []
-    at_once = model.generate(prompts, 4, lambda share, _message: seen.append(share))
-    monkeypatch.setattr(zero_shot, "token_batches", lambda lengths, *_: np.arange(len(lengths))[::-1].reshape(-1, 3))
-    assert model.generate(prompts, 4, lambda share, _message: seen.append(share)) == at_once
+    at_once, _ = model.answer(prompts, LABELS.names, lambda share, _message: seen.append(share))
+    monkeypatch.setattr(
+        decoding_module, "token_batches", lambda lengths, *_: np.arange(len(lengths))[::-1].reshape(-1, 3)
+    )
+    assert model.answer(prompts, LABELS.names, lambda share, _message: seen.append(share))[0] == at_once
     assert seen[-1] == 1.0
+
+
+@pytest.mark.parametrize("chat", [None, CHAT], ids=["plain", "chat"])
+def test_constrained_answers_are_labels_word_for_word(chat, tiny_models, in_fp32):
+    model = PromptedModel(locate(find_base(QWEN3, tiny_models)), CPU, "constrained")
+    model.tokenizer.chat_template = chat
+    labels = LabelSet.of((*KEYWORDS, "log", "login code", "<|im_end|>", "<think>", "'quoted'"))
+    got = Prompted(model, PromptTemplate(), labels).predict(VALIDATION.texts)
+    assert set(got.outcomes) == {"valid"}
+    assert [labels.names[i] for i in got.label_ids] == list(got.raw)
+
+
+@pytest.mark.parametrize("chat", [None, CHAT, CHAT.replace("assistant\n{% endif", "assistant:{% endif")])
+def test_labels_are_tokenized_as_they_would_follow_the_prompt(chat, tiny_models):
+    model = PromptedModel(locate(find_base(QWEN3, tiny_models)), CPU)
+    model.tokenizer.chat_template = chat
+    special = set(model.tokenizer.all_special_ids)
+    for label, path in zip(("login", "<|im_end|>"), model.label_paths(("login", "<|im_end|>")), strict=True):
+        assert model.tokenizer.decode(path) == (f" {label}" if chat is None else label)
+        assert not special & set(path)
+        prompt = model.encode_prompt("system", "user")
+        whole = model.tokenizer.decode([*prompt, *path])
+        assert whole == model.tokenizer.decode(prompt) + model.tokenizer.decode(path)
+
+
+def test_a_space_that_the_chat_template_puts_before_an_answer_belongs_to_the_label(tiny_models):
+    model = PromptedModel(locate(find_base(QWEN3, tiny_models)), CPU)
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}"
+        "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+    )
+    assert model.tokenizer.decode(model.label_paths(["login"])[0]) == " login"
 
 
 def test_an_encoder_cannot_be_prompted(tiny_models, tmp_path):

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.methods.prompts import VERSION, PromptTemplate, parse_answer
+from worker.methods.prompts import VERSION, VERSION_DESCRIBED, PromptTemplate, parse_answer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "prompt_v1.txt"
+GOLDEN = Path(__file__).parents[1] / "golden"
 LABELS = ("card", "card_arrival", "lost_card", "Refund not showing up", "other", "C++", "top_up_failed")
 EXAMPLES = (("It has not come", "card_arrival"), ("I dropped it", "lost_card"))
 
@@ -14,14 +14,29 @@ EXAMPLES = (("It has not come", "card_arrival"), ("I dropped it", "lost_card"))
 # The template --------------------------------------------------------------------------------------
 
 
-def test_the_text_of_version_1_is_the_golden_one():
-    """A change of a single character is version 2, with a golden file of its own."""
-    template, labels, text = PromptTemplate(), ("card_arrival", "lost_card"), "Where is my {labels}?"
+DESCRIPTIONS = {"lost_card": "  the card is gone,\n not late; {text} "}
+
+
+@pytest.mark.parametrize(
+    ("descriptions", "version", "file"),
+    [({}, VERSION, "prompt_v1.txt"), (DESCRIPTIONS, VERSION_DESCRIBED, "prompt_v2.txt")],
+)
+def test_the_text_of_each_version_is_the_golden_one(descriptions, version, file):
+    """A change of a single character is a new version, with a golden file of its own."""
+    template, text = PromptTemplate(descriptions=descriptions), "Where is my {labels}?"
+    labels = ("card_arrival", "lost_card")
     system, plain = template.fill(labels, text)
     _, few_shot = template.fill(labels, text, EXAMPLES)
     shown = f"=== system ===\n{system}\n=== user, no examples ===\n{plain}\n=== user, two examples ===\n{few_shot}\n"
-    assert shown == GOLDEN.read_text(encoding="utf-8")
-    assert template.version == VERSION == "zero-shot-v1"
+    assert shown == (GOLDEN / file).read_text(encoding="utf-8")
+    assert template.version == version
+
+
+def test_versions_are_told_apart_by_name():
+    assert (VERSION, VERSION_DESCRIBED) == ("zero-shot-v1", "zero-shot-v2")
+    assert (
+        PromptTemplate("{labels} {text}").version == PromptTemplate("{labels} {text}", "", {"a": "b"}).version == "own"
+    )
 
 
 @pytest.mark.parametrize("text", ["{labels}", "{text}", "{examples}", "{0} {}", "%s \\1 \\g<0>", "{{text}}", ""])

@@ -5,8 +5,8 @@ A template's words are part of a result: a change makes version 2 and keeps vers
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from worker.predictions import Outcome
 
@@ -18,7 +18,7 @@ Which of these categories does the text below belong to? Answer with the categor
 {examples}
 Text: {text}"""
 
-VERSION = "zero-shot-v1"
+VERSION, VERSION_DESCRIBED = "zero-shot-v1", "zero-shot-v2"
 _LABEL_PREFIX = re.compile(
     r"^(?:the\s+)?(?:label|category|class|answer|intent|topic)(?:\s+is)?\s*[:=\-]?\s+", re.IGNORECASE
 )
@@ -28,18 +28,34 @@ _THINKING = re.compile(r"\A(?:(?!<think>).)*</think>|<think>.*?(?:</think>|\Z)",
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A system and a user message with the places `{labels}`, `{text}` and, optionally, `{examples}`."""
+    """A system and a user message with the places `{labels}`, `{text}` and, optionally, `{examples}`.
+
+    Version 2 is version 1 with labels that are described; labels without a description stand as in version 1.
+    """
 
     user: str = USER_V1
     system: str = SYSTEM_V1
-    version: str = VERSION
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        if (self.user, self.system) != (USER_V1, SYSTEM_V1):
+            return "own"
+        return VERSION_DESCRIBED if self.descriptions else VERSION
 
     def fill(self, labels: Sequence[str], text: str, examples: Sequence[tuple[str, str]] = ()) -> tuple[str, str]:
         """The two messages for one text. What stands in a text is data: places in it are not filled again."""
         shown = "".join(f"\nText: {example}\nCategory: {label}\n" for example, label in examples)
-        values = {"labels": "\n".join(f"- {label}" for label in labels), "examples": shown, "text": text}
+        listed = "\n".join(f"- {described(label, self.descriptions)}" for label in labels)
+        values = {"labels": listed, "examples": shown, "text": text}
         template = self.user if "{examples}" in self.user else self.user.replace("{text}", "{examples}{text}")
         return self.system, re.sub(r"\{(labels|examples|text)\}", lambda match: values[match[1]], template)
+
+
+def described(label: str, descriptions: Mapping[str, str], shown_as: str | None = None) -> str:
+    """`label: its description` in one line, or the label alone where it has none."""
+    words = [label if shown_as is None else shown_as, " ".join(descriptions.get(label, "").split())]
+    return ": ".join(filter(None, words))
 
 
 @dataclass(frozen=True)
@@ -53,11 +69,13 @@ class Answer:
 def parse_answer(raw: str, labels: Sequence[str]) -> Answer:
     """The one label a generated text names.
 
-    In this order: the whole answer; its first line; the answer without quotes, punctuation and a prefix such as
-    "Label:"; a label named inside a sentence. Case, accents of punctuation and `_`, `-` and spaces count as equal.
-    Two different labels named are ambiguous, even where one of them would be right; a label that is part of another
-    one named at the same place does not count.
+    In this order: the whole answer, first as it is spelled; its first line; the answer without quotes, punctuation and
+    a prefix such as "Label:"; a label named inside a sentence. Case, accents of punctuation and `_`, `-` and spaces
+    count as equal. Two different labels named are ambiguous, even where one of them would be right; a label that is
+    part of another one named at the same place does not count.
     """
+    if raw in labels:
+        return Answer(raw, "valid")
     text = _THINKING.sub("", raw).strip()
     if not text:
         return Answer(None, "empty")

@@ -2,8 +2,8 @@
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,29 +11,33 @@ import torch
 from jinja2 import TemplateError
 
 from service.core.errors import ModelUnavailable
+from service.core.spec import Decoding
 from service.ml.base_models import Located
 from service.ml.device import DTYPES, training_precision
-from service.ml.encode import token_batches
 from service.ml.labels import LabelSet
+from worker.methods.decoding import Constrained, Free, generate
 from worker.methods.frozen import FrozenBase
-from worker.methods.prompts import PromptTemplate, parse_answer
+from worker.methods.label_trie import LabelTrie
+from worker.methods.prompts import PromptTemplate, described, parse_answer
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.predictions import NO_ANSWER, Predictions
 
 # Stand for the messages while the chat template is written around them.
 _PLACES = ("[[the system message]]", "[[the user message]]")
+_ANSWER = "[[the answer]]"
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """The label whose name lies nearest to the text: cosine of pooled states. A baseline, but not a prompt."""
+    """The label whose name, and description, lies nearest to the text: cosine of pooled states. Not a prompt."""
 
     base: FrozenBase
     labels: LabelSet
+    descriptions: Mapping[str, str] = field(default_factory=dict)
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
-        names = tuple(name.replace("_", " ").replace("-", " ") for name in self.labels.names)
+        names = tuple(described(n, self.descriptions, n.replace("_", " ").replace("-", " ")) for n in self.labels.names)
         label_states = self.base.states(names)["pooled"]
         states = self.base.states(tuple(texts), on_progress)["pooled"]
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
@@ -41,14 +45,14 @@ class Similarity:
 
 
 class PromptedModel:
-    """A generative model, asked for the label alone: greedy, batched, padded on the left."""
+    """A generative model, asked for the label alone: greedy text, or greedy among the labels."""
 
-    def __init__(self, source: Located, device: torch.device) -> None:
+    def __init__(self, source: Located, device: torch.device, decoding: Decoding = "free") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                source.folder, local_files_only=True, trust_remote_code=False, padding_side="left"
+                source.folder, local_files_only=True, trust_remote_code=False
             )
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
@@ -62,11 +66,12 @@ class PromptedModel:
                 f"Prompt model {source.base.name!r} cannot be loaded ({type(error).__name__}).",
                 hint="Name a model whose config.json says …ForCausalLM, with undamaged safetensors and a tokenizer.",
             ) from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = model.to(device).eval()
-        self.device = device
         self.name = source.base.name
+        self.decoding = decoding
+        self.facts = {"prompt_model": source.base.name, "revision": source.revision, "decoding": decoding}
+        ends = model.generation_config.eos_token_id
+        self.ends = ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends]
 
     def encode_prompt(self, system: str, user: str) -> list[int]:
         """Ids of one prompt: through the model's chat template where it has one, with no EOS at the end.
@@ -91,51 +96,67 @@ class PromptedModel:
             ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=is_said)["input_ids"]
         return ids
 
-    def _chat(self, system: str, user: str) -> str:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    def _chat(self, system: str, user: str, answer: str | None = None) -> str:
+        """The conversation up to the answer, or with it."""
+        answered = [] if answer is None else [{"role": "assistant", "content": answer}]
+        said = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         try:
-            return self._templated(messages)
+            return self._templated(said + answered)
         except TemplateError:  # Gemma's template takes no system message
-            return self._templated([{"role": "user", "content": f"{system}\n\n{user}"}])
+            return self._templated([{"role": "user", "content": f"{system}\n\n{user}"}, *answered])
 
     def _templated(self, messages: list[dict[str, str]]) -> str:
         prompt: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user", enable_thinking=False
         )
         return prompt
 
     def cut(self, text: str, max_tokens: int) -> str:
         """The text's first `max_tokens` tokens: a prompt is to read no more of it than the other methods do."""
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = self._text_ids(text)
         return text if len(ids) <= max_tokens else str(self.tokenizer.decode(ids[:max_tokens]))
 
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, on_progress: OnProgress) -> list[str]:
-        """Greedy answers to N prompts, special tokens left out."""
-        answers = [""] * len(prompts)
-        lengths = np.array([len(ids) for ids in prompts])
-        done = 0
-        for rows in token_batches(lengths, 4096 if self.device.type == "cpu" else 32_768, 64):
-            longest = int(lengths[rows].max())
-            pad = self.tokenizer.pad_token_id
-            padded = torch.tensor([[pad] * (longest - len(prompts[i])) + prompts[i] for i in rows])
-            mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in rows])
-            generated = self.model.generate(
-                input_ids=padded.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
-                do_sample=False, repetition_penalty=1.0, num_beams=1, temperature=None, top_p=None, top_k=None,
-                pad_token_id=pad,
-            )  # fmt: skip
-            texts = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                answers[row] = text
-            done += len(rows)
-            on_progress(done / len(prompts), f"{self.name} answered {done}/{len(prompts)} prompts")
-        return answers
+    def answer(
+        self, prompts: Sequence[tuple[str, str]], labels: Sequence[str], on_progress: OnProgress
+    ) -> tuple[list[str], None]:
+        """Generated texts for N prompts, each a system and a user message."""
+        ids, n = [self.encode_prompt(system, user) for system, user in prompts], len(prompts)
 
-    def label_tokens(self, labels: LabelSet) -> int:
+        def done(finished: int) -> None:
+            on_progress(finished / n, f"{self.name} answered {finished}/{n} prompts")
+
+        if self.decoding == "free":
+            free = Free(self.model, n, self.label_tokens(labels), self.ends)
+            generate(self.model, ids, free, done)
+            return self.tokenizer.batch_decode(free.answers, skip_special_tokens=True), None
+        constrained = Constrained(self.model, n, LabelTrie(self.label_paths(labels), self.ends))
+        generate(self.model, ids, constrained, done)
+        return ["" if label is None else labels[label] for label in constrained.labels], None
+
+    def label_tokens(self, labels: Sequence[str]) -> int:
         """Tokens of the longest label, with room for a prefix such as `Label:`, quotes and the end."""
-        longest = max(len(self.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in labels.names)
-        return longest + 8
+        return max(map(len, self.label_paths(labels))) + 8
+
+    def label_paths(self, labels: Sequence[str]) -> list[list[int]]:
+        """Token ids of K labels as they would follow a prompt: with a space where one belongs between the two."""
+        before, space = "Label:", " "
+        if self.tokenizer.chat_template:
+            before = self._chat(*_PLACES).rpartition(_PLACES[1])[2]
+            answered = self._chat(*_PLACES, _ANSWER).rpartition(_ANSWER)[0]
+            space = " " if answered.endswith(f"{before} ") else ""
+        lead = self._text_ids(before)
+        whole = [self._text_ids(before + space + label) for label in labels]
+        return [
+            ids[len(lead) :] if ids[: len(lead)] == lead else self._text_ids(space + label)
+            for ids, label in zip(whole, labels, strict=True)
+        ]
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Ids of plain text, in which markup is text too."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
+        return ids
 
 
 @dataclass(frozen=True)
@@ -156,8 +177,7 @@ class Prompted:
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
-        prompts = [self.model.encode_prompt(*self.messages(text)) for text in texts]
-        raw = self.model.generate(prompts, self.model.label_tokens(self.labels), on_progress)
+        raw, _ = self.model.answer([self.messages(text) for text in texts], self.labels.names, on_progress)
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
         parsed = [parse_answer(answer, self.labels.names) for answer in raw]
         ids = [NO_ANSWER if answer.label is None else self.labels.id_of(answer.label) for answer in parsed]
