@@ -225,7 +225,8 @@ class UsageOut(BaseModel):
 class ThresholdOut(BaseModel):
     """The `min_confidence` chosen for a `target_precision`, and what it did on the validation rows.
 
-    `min_confidence` is null, and `note` says so, where no confidence reached the target: every prediction abstains.
+    `min_confidence` is null, and `note` says so, where no confidence reached the target: every prediction abstains. A
+    threshold that few rows stand behind has a `note` too.
     """
 
     model_config = ConfigDict(from_attributes=True)

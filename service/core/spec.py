@@ -76,7 +76,7 @@ class TrainSpec(_Part):
     early_stopping_patience: Annotated[int, Field(ge=0, le=50)] = 2
 
 
-CurveShare = Annotated[float, Field(gt=0, le=1, description="Of the train rows.")]
+CurveShare = Annotated[float, Field(ge=0.001, le=1, description="Of the train rows.")]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Z95 = 1.959963984540054
+FEW_ROWS = 30
 
 
 def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
@@ -32,7 +33,7 @@ class Threshold:
         validation_precision_ci95: Wilson's interval, wide where few rows were kept. None with it.
         validation_coverage: Share of the rows at or above it.
         validation_rows: All of them.
-        note: Why there is no threshold.
+        note: Why there is no threshold, or why not to rely on it.
     """
 
     min_confidence: float | None
@@ -54,7 +55,12 @@ def threshold_for(target_precision: float, calibration: Mapping[str, Any]) -> Th
     rows = calibration["rows"]
     for min_confidence, kept, right in calibration["points"]:
         if right / kept >= target_precision:
-            return Threshold(min_confidence, right / kept, wilson_interval(right, kept), kept / rows, rows)
+            few = (
+                f"Only {kept} of {rows} validation rows were that sure, too few to rely on."
+                if kept < FEW_ROWS
+                else None
+            )
+            return Threshold(min_confidence, right / kept, wilson_interval(right, kept), kept / rows, rows, few)
     least, kept, right = calibration["points"][-1]
     return Threshold(
         None, None, None, 0.0, rows,

@@ -144,7 +144,7 @@ RANGES: list[tuple[str, list[Any], list[Any], str]] = [
     ("train.target_modules", ["attention"], ["all-linear", ["q_proj"]], "'attention'"),
     ("learning_curve", [[], [1], [0.1, 0.25, 0.5, 1.0]], [[0.5, 0.1], [0.5, 0.5]], "ascend"),
     ("learning_curve", [[i / 10 for i in range(1, 11)]], [[i / 100 for i in range(1, 12)]], "10"),
-    ("learning_curve.0", [], [0, -0.1, 1.01, "half", None], "0 to 1"),
+    ("learning_curve.0", [], [0, -0.1, 1.01, "half", None], "0.001 to 1"),
     ("margin", [0, 0.5], [-0.001, 0.501, "0.1"], "0 to 0.5"),
     ("kind", ["experiment", "train", "baseline"], ["fine-tune", 1], "'experiment', 'train', 'baseline'"),
     ("metadata", [{}, {"k" * 64: "v" * 512}, {str(i): "" for i in range(16)}], [{str(i): "" for i in range(17)}], "16"),
