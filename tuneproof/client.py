@@ -68,6 +68,7 @@ class Answer(TypedDict):
     model_id: str
     predictions: list[Prediction]
     usage: dict[str, int]
+    threshold: dict[str, Any] | None
 
 
 @dataclass(eq=False)
@@ -192,14 +193,22 @@ class Client:
         *,
         top_k: int = 3,
         min_confidence: float = 0.0,
+        target_precision: float | None = None,
         deadline_seconds: float = 120.0,
     ) -> Answer:
         """Label texts with one published model, named by id or alias; answers stand in the order asked.
 
+        With `target_precision`, the server picks the `min_confidence` that reached it on the validation rows; the
+        answer's `threshold` says which, on how many rows, and whether any did.
+
         A server that is busy or still loads the model's base is asked again when it says so, until the
         deadline would be passed.
         """
-        body = {"model": model, "texts": list(texts), "top_k": top_k, "min_confidence": min_confidence}
+        body = {"model": model, "texts": list(texts), "top_k": top_k}
+        if target_precision is None or min_confidence:  # both are the server's to refuse
+            body["min_confidence"] = min_confidence
+        if target_precision is not None:
+            body["target_precision"] = target_precision
         give_up_at = time.monotonic() + deadline_seconds
         while True:
             try:

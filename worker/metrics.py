@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.ml.calibration import softmax
+from worker.calibration import coverage_curve, expected_calibration_error, reliability_bins
 from worker.predictions import NO_ANSWER, Predictions
 
 # A true label given probability 0 would cost infinitely much; scikit-learn's log_loss uses the same floor.
 PROBABILITY_FLOOR = float(np.finfo(np.float64).eps)
-CALIBRATION_BINS = 10
 
 
 def score(predictions: Predictions, true_ids: NDArray[np.int64], labels: Sequence[str]) -> dict[str, Any]:
@@ -48,10 +49,18 @@ def score(predictions: Predictions, true_ids: NDArray[np.int64], labels: Sequenc
         "confusion_matrix": matrix.tolist(),
         "seconds_per_row": float(predictions.seconds_per_row),
     }
-    if (probabilities := predictions.probabilities) is not None:
-        confidence = confidences(probabilities, predicted_ids)
-        figures["log_loss"] = log_loss(label_probabilities(probabilities, true_ids))
-        figures["expected_calibration_error"] = expected_calibration_error(confidence, correct)
+    if predictions.probabilities is not None:
+        figures |= _calibration(predictions.probabilities, predicted_ids, true_ids)
+        confidence = np.nan_to_num(confidences(predictions.probabilities, predicted_ids))
+        figures["coverage"] = coverage_curve(confidence, correct)
+        if (temperature := predictions.temperature) is not None:
+            with np.errstate(divide="ignore"):  # ln p is a logit over the temperature: this takes the division back
+                before = softmax(np.log(predictions.probabilities), 1 / temperature)
+            uncalibrated = _calibration(before, predicted_ids, true_ids)
+            figures |= {
+                f"{name}_uncalibrated": uncalibrated[name] for name in ("log_loss", "expected_calibration_error")
+            }
+            figures["temperature"] = temperature
     if predictions.outcomes is not None:
         figures |= _parsing(np.array(predictions.outcomes, dtype=str), correct)
     return figures
@@ -78,24 +87,18 @@ def log_loss(probability_of_true: NDArray[np.float64]) -> float | None:
     return _mean(-np.log(np.maximum(probability_of_true, PROBABILITY_FLOOR)))
 
 
-def expected_calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> float | None:
-    """How far confidence is from the share of right answers, over ten equal bins (0, 0.1], …, (0.9, 1].
-
-    The mean over rows of |accuracy of the row's bin − mean confidence of the bin|. Rows with confidence NaN (no
-    answer) are left out; null where none is left.
-
-    Args:
-        confidence: `(N,)`, 0 to 1 or NaN.
-        correct: `(N,)`.
-
-    Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
-    """
-    answered = ~np.isnan(confidence)
-    if not answered.any():
-        return None
-    confidence, correct = confidence[answered], correct[answered]
-    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
-    return float(np.abs(np.bincount(bins, correct - confidence)).sum() / len(bins))
+def _calibration(
+    probabilities: NDArray[np.float64], predicted_ids: NDArray[np.int64], true_ids: NDArray[np.int64]
+) -> dict[str, Any]:
+    """How good the probabilities are. Rows without an answer have no confidence and stand in no bin."""
+    answered = predicted_ids != NO_ANSWER
+    confidence = confidences(probabilities, predicted_ids)[answered]
+    bins = reliability_bins(confidence, (predicted_ids == true_ids)[answered])
+    return {
+        "log_loss": log_loss(label_probabilities(probabilities, true_ids)),
+        "expected_calibration_error": expected_calibration_error(bins),
+        "calibration": {"bins": bins},
+    }
 
 
 def _parsing(outcomes: NDArray[np.str_], correct: NDArray[np.bool_]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from service.ml.calibration import softmax
+
 NO_ANSWER = -1
 
 Outcome = Literal["valid", "invalid", "ambiguous", "empty"]
@@ -21,6 +23,7 @@ class Predictions:
         raw: N generated texts, as they came; None where nothing is generated.
         outcomes: N outcomes of parsing `raw`; None where nothing is generated.
         seconds_per_row: Wall time of predicting, per row.
+        temperature: The one fitted on validation rows, under which the probabilities are; None where none was.
     """
 
     label_ids: NDArray[np.int64]
@@ -28,6 +31,14 @@ class Predictions:
     raw: tuple[str, ...] | None = None
     outcomes: tuple[Outcome, ...] | None = None
     seconds_per_row: float = 0.0
+    temperature: float | None = None
+
+    @classmethod
+    def of_logits(cls, logits: NDArray[np.floating], temperature: float, seconds_per_row: float) -> "Predictions":
+        """The most probable labels. Shape: `(N, K)`."""
+        probabilities = softmax(logits, temperature)
+        ids = probabilities.argmax(1)
+        return cls(ids, probabilities, seconds_per_row=seconds_per_row, temperature=temperature)
 
     def take(self, rows: NDArray[np.int64]) -> "Predictions":
         """The answers at positions `rows`, in that order."""
@@ -37,4 +48,5 @@ class Predictions:
             None if self.raw is None else tuple(self.raw[i] for i in rows),
             None if self.outcomes is None else tuple(self.outcomes[i] for i in rows),
             self.seconds_per_row,
+            self.temperature,
         )

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from scipy.stats import binomtest
 
+from service.ml.calibration import wilson_interval
 from worker import plots
 from worker.compare import COST_ORDER, PLAIN_NAMES
 
@@ -70,7 +70,7 @@ def render(
         label_part=label_part,
         label_rows=methods[recommended][label_part]["n"],
         per_label=_per_label(methods, recommended, other, label_part),
-        overtaking=_overtaking(metrics),
+        overtaking=_overtaking(metrics) if metrics["learning_curve"] else None,
         plots=_plots(metrics, ladder, intervals, recommended, calibrated),
         calibration_errors=[(method, of["expected_calibration_error"]) for method, of in calibrated.items()],
         unproven=_unproven(metrics["comparison"]),
@@ -97,12 +97,10 @@ def _widest(parts: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _interval(figures: Mapping[str, Any]) -> tuple[float, float]:
-    """Wilson's 95 % interval of the accuracy. Source: Wilson 1927; Brown, Cai & DasGupta 2001."""
+    """Wilson's 95 % interval of the accuracy."""
     if figures["accuracy"] is None:
         return 0.0, 1.0
-    right = round(figures["accuracy"] * figures["n"])
-    found = binomtest(right, figures["n"]).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    return wilson_interval(round(figures["accuracy"] * figures["n"]), figures["n"])
 
 
 def _counterpart(
@@ -152,14 +150,14 @@ def _overtaking(metrics: Mapping[str, Any]) -> str:
     prompts = _prompts(metrics)
     if not prompts:
         return "No prompt was run, so there is nothing for training to overtake."
-    found = metrics.get("overtakes")
-    best = max(prompts, key=lambda method: prompts[method])
+    found = metrics["overtakes"]
     if found is None:
+        best = max(prompts, key=lambda method: prompts[method])
         return f"On no share of the train rows did a trained method pass {PLAIN_NAMES[best]} ({prompts[best]:.1%})."
+    first = found["n_train"] == metrics["learning_curve"][0]["n_train"]
     return (
-        f"{PLAIN_NAMES[found['method']]} passes {PLAIN_NAMES[best]} ({prompts[best]:.1%} of its "
-        f"{metrics['baseline_subset']['n']:,} rows) from {found['n_train']:,} train rows on. These are single runs on "
-        "few rows: read the place as rough."
+        f"{PLAIN_NAMES[found['method']]} passes {PLAIN_NAMES[found['prompt']]} ({found['prompt_accuracy']:.1%} of "
+        f"{found['n']:,} rows) with {'at most ' if first else ''}{found['n_train']:,} train rows. {found['caveat']}"
     )
 
 
@@ -181,7 +179,7 @@ def _plots(
         if figures["accuracy"] is not None
     ]
     drawn = {"ladder": plots.ladder(estimates)}
-    if metrics.get("learning_curve"):
+    if metrics["learning_curve"]:
         drawn["learning_curve"] = plots.learning_curve(metrics["learning_curve"], PLAIN_NAMES, _prompts(metrics))
     if calibrated:
         bins = {method: figures["calibration"]["bins"] for method, figures in calibrated.items()}

@@ -18,16 +18,13 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from service.core.errors import AppError, OutOfMemory, RoundTripFailed
+from service.core.errors import AppError, OutOfMemory
 from service.core.spec import JobSpec
-from service.ml.adapter import Adapter, load_adapter
 from service.ml.backbone import load_backbone
 from service.ml.base_models import Located
 from service.ml.dataset import TableFormat, UploadOptions, profile
@@ -35,15 +32,16 @@ from service.ml.device import DTYPES, pick_device, serving_precision
 from service.ml.engine import Engine
 from service.ml.evidence import same_texts
 from service.ml.manifest import FILE as MANIFEST
-from service.ml.manifest import Manifest, States, sha256_of
+from service.ml.manifest import Manifest, sha256_of
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.compare import COST_ORDER, MethodAnswers, compare_all
+from worker.learning_curve import TRAINED, LearningCurve, main_part
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
 from worker.methods.lora import Lora, LoraRecipe
 from worker.methods.majority import Majority
 from worker.methods.prompts import USER_V1, PromptTemplate
-from worker.methods.protocol import OnProgress, Predictor, Rows
+from worker.methods.protocol import OnProgress, Predictor, Rows, silent
 from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Prompted, PromptedModel, Similarity, draw_examples
 from worker.metrics import score
@@ -51,14 +49,11 @@ from worker.predictions import Predictions
 from worker.prepare import Prepared, prepare
 from worker.progress import Reporter
 from worker.report import render
+from worker.saved import Saveable, Served, save_and_serve
 from worker.verdict import headline, recommend
 
 STOPPED = 75
 """Exit status of a child that was told to stop (EX_TEMPFAIL)."""
-
-ROUND_TRIP_ROWS = 64
-# Relative error of the reloaded model's logits: bf16 keeps 8 bits, and errors add up over the layers.
-ROUND_TRIP_TOLERANCE = {"fp32": 1e-3, "bf16": 0.08}
 
 
 @dataclass(frozen=True)
@@ -80,26 +75,6 @@ class JobFile:
     models_dir: str | None = None
 
 
-class Saveable(Protocol):
-    """A fitted method that can be served."""
-
-    @property
-    def states(self) -> States: ...
-    def save(self, folder: Path) -> None: ...
-    def logits(self, texts: tuple[str, ...]) -> NDArray[np.float32]: ...
-
-
-@dataclass(frozen=True)
-class Served:
-    """A saved model, answering as `/predict` would."""
-
-    base: FrozenBase
-    adapter: Adapter
-
-    def predict(self, texts: tuple[str, ...], on_progress: OnProgress) -> Predictions:
-        return self.base.predict(self.adapter, texts, on_progress)
-
-
 class Experiment:
     """A job under way."""
 
@@ -111,6 +86,8 @@ class Experiment:
         self.answers: dict[str, dict[str, Predictions]] = {}
         self.models: list[dict[str, Any]] = []
         self.training: dict[str, Any] | None = None
+        self.lora: Served | None = None
+        self.curve: LearningCurve | None = None
 
     def run(self) -> None:
         """Everything, from the file to the figures. Raises AppError."""
@@ -123,7 +100,11 @@ class Experiment:
         if self.spec.trains:
             self.reporter.stage("train")
             self._fine_tune()
+        if self.spec.learning_curve:
+            self.curve = self._grow()
         self.reporter.stage("evaluate")
+        if self.lora is not None:
+            self._predict_all("lora", self.lora, self.reporter.part(0.0, 0.5))
         self.reporter.result(self._evaluate(), self.models)
 
     def _prepare(self) -> None:
@@ -134,7 +115,7 @@ class Experiment:
         ready = prepare(spec, file, table_format, models_dir, self.device, self._say)
         self.ready: Prepared = ready
         self.spec, self.table, self.split = ready.spec, ready.table, ready.split
-        self.reporter.leave_out(baseline=not spec.runs_baselines, train=not spec.trains)
+        self.reporter.leave_out(baseline=not spec.runs_baselines, train=not (spec.trains or spec.learning_curve))
         self.train, self.validation, self.test = (
             Rows(tuple(self.table.texts[i] for i in rows), self.table.label_ids[rows], self.table.labels)
             for rows in (self.split.train, self.split.validation, self.split.test)
@@ -158,7 +139,9 @@ class Experiment:
                 self._predict_all(name, TfidfLogreg().fit(self.train, self.validation, on_progress), on_progress)
             elif name == "embedding_logreg":
                 fitted = EmbeddingLogreg(self.base).fit(self.train, self.validation, on_progress)
-                served = self._saved(name, fitted, self.folder / "models" / name, "fp32")
+                folder = self.folder / "models" / name
+                served = self._saved(name, fitted, folder, "fp32", on_progress)
+                self._publish(name, folder)
                 self._predict_all(name, served, on_progress)
             elif self.ready.prompt_model is not None:
                 self._prompt(self.ready.prompt_model, on_progress)
@@ -188,7 +171,8 @@ class Experiment:
         recipe = LoraRecipe.of(self.spec.train, self.spec.seed)
         on_event = self.reporter.event
         lora = Lora(self.base, recipe, self.folder / "checkpoints", self.reporter.checkpoint, on_event)
-        trained = lora.fit(self.train, self.validation, self.reporter.part(0.0, 1.0))
+        on_progress = self.reporter.part(0.0, main_part(self.spec.learning_curve))
+        trained = lora.fit(self.train, self.validation, on_progress)
         self.training = trained.facts()
         checkpointing = {"gradient_checkpointing": trained.state.gradient_checkpointing}
         self.spec = self.spec.model_copy(update={"train": self.spec.train.model_copy(update=checkpointing)})
@@ -198,19 +182,14 @@ class Experiment:
                 f"{trained.truncated_texts} texts of train and validation are longer than {recipe.max_length} tokens; "
                 "what lies beyond was not read.", "warning",
             )  # fmt: skip
-        served = self._saved("lora", trained, self.out / "adapter", recipe.precision)
+        self.lora = self._saved("lora", trained, self.out / "adapter", recipe.precision, on_progress)
+        self._publish("lora", self.out / "adapter")
         (self.out / MANIFEST).write_bytes((self.out / "adapter" / MANIFEST).read_bytes())
-        self.reporter.stage("evaluate")
-        self._predict_all("lora", served, self.reporter.part(0.0, 0.5))
 
-    def _saved(self, method: str, fitted: Saveable, folder: Path, precision: str) -> Served:
-        """Saves a model, loads it the way serving does, and checks that it still answers the same.
-
-        Raises:
-            RoundTripFailed: it does not.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        fitted.save(folder)
+    def _saved(
+        self, method: str, fitted: Saveable, folder: Path, precision: str, on_progress: OnProgress = silent
+    ) -> Served:
+        """Saves a model and loads it the way serving does. Raises RoundTripFailed."""
         backbone = self.base.engine.backbone
         split = {"algorithm": self.ready.split_algorithm, "sha256": sha256_of(self.out / "split.csv")}
         manifest = Manifest(
@@ -219,25 +198,31 @@ class Experiment:
             pad_token_id=backbone.pad_id, ends_with_eos=backbone.decoder, seed=self.spec.seed, split=split,
             precision=precision,
         )  # fmt: skip
-        manifest.write(folder)
-        adapter = load_adapter(folder, head_name=backbone.head_name, device=backbone.device, dtype=self.dtype)
-        self.base.engine.attach(adapter)
-        sample = self.validation.texts[:ROUND_TRIP_ROWS]
-        expected, got = fitted.logits(sample), self.base.logits(adapter, sample)
-        error = float(np.linalg.norm(got - expected) / max(float(np.linalg.norm(expected)), 1e-12))
-        coarsest = "bf16" if precision == "bf16" or self.dtype == torch.bfloat16 else "fp32"
-        if not error <= ROUND_TRIP_TOLERANCE[coarsest]:
-            raise RoundTripFailed(
-                f"The saved {method} model, loaded again, is {error:.3g} away from the trained one (allowed: "
-                f"{ROUND_TRIP_TOLERANCE[coarsest]:g}). It is not published."
-            )
+        return save_and_serve(fitted, folder, manifest, self.base, self.validation, on_progress)
+
+    def _publish(self, method: str, folder: Path) -> None:
         if self.spec.trains:
             self.models.append({"method": method, "folder": folder.relative_to(self.folder).as_posix()})
-        return Served(self.base, adapter)
 
-    def _predict_all(self, name: str, predictor: Predictor | Served, on_progress: OnProgress) -> None:
+    def _grow(self) -> LearningCurve:
+        """The trained methods on growing shares of the train rows."""
+        self.reporter.stage("train")
+        trained = [name for name in TRAINED if name in self.answers or (name == "lora" and self.spec.trains)]
+        curve = LearningCurve(
+            self.spec.learning_curve, trained, self.base,
+            LoraRecipe.of(self.spec.train, self.spec.seed) if self.spec.trains else None, self._saved, self.train,
+            self.validation, self.test, self.ready.subset, self.spec.seed,
+        )  # fmt: skip
+        start = main_part(self.spec.learning_curve) if self.spec.trains else 0.0
+        curve.fit(self.folder, self.reporter.part(start, 1.0), self.reporter.event)
+        return curve
+
+    def _predict_all(self, name: str, predictor: Predictor, on_progress: OnProgress) -> None:
         test = predictor.predict(self.test.texts, on_progress)
-        validation = predictor.predict(self.validation.texts, on_progress)
+        if isinstance(predictor, Served):
+            validation = predictor.validation
+        else:
+            validation = predictor.predict(self.validation.texts, on_progress)
         subset = test.take(self.ready.subset)
         self.answers[name] = {"test": test, "validation": validation, "baseline_subset": subset}
 
@@ -294,6 +279,7 @@ class Experiment:
             "methods": methods,
             "comparison": comparisons,
             "training": self.training,
+            **(self.curve.finished(methods) if self.curve is not None else {"learning_curve": [], "overtakes": None}),
             "environment": self._environment(),
         }
 

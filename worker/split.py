@@ -98,6 +98,18 @@ def stratified_subset(texts: Sequence[str], label_ids: NDArray[np.int64], size: 
     return np.array(sorted(chosen), dtype=np.int64)
 
 
+def growing_order(texts: Sequence[str], label_ids: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Positions of all N rows such that labels stand in every beginning of them as they do in all N.
+
+    One row of each label comes first, the most frequent label's before the others.
+    """
+    keys: list[tuple[float, int, int]] = []
+    for label in np.unique(label_ids):
+        rows = sorted(np.flatnonzero(label_ids == label).tolist(), key=lambda row: _digest(seed, "grow", texts[row]))
+        keys += [(place and (place + 0.5) / len(rows), -len(rows), row) for place, row in enumerate(rows)]
+    return np.array([row for _share, _size, row in sorted(keys)], dtype=np.int64)
+
+
 def _groups_by_label(rows_of: Mapping[str, list[int]], label_ids: NDArray[np.int64]) -> dict[int, list[str]]:
     labels_of = {text: {int(label_ids[row]) for row in rows} for text, rows in rows_of.items()}
     n_groups: dict[int, int] = {}

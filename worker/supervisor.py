@@ -257,7 +257,7 @@ class Attempt:
             id=model_id, method=method, base_model=manifest["base_model"], base_revision=manifest["base_revision"],
             labels=manifest["labels"], metrics={key: figures[key] for key in ("accuracy", "macro_f1")},
             size_bytes=sum(file.size_bytes for _name, file in stored), storage_prefix=prefix,
-            files=[name for name, _file in stored],
+            files=[name for name, _file in stored], calibration=manifest.get("calibration"),
         )  # fmt: skip
 
     def _put_all(self, folder: Path, prefix: str) -> list[tuple[str, Any]]:

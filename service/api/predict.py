@@ -1,16 +1,18 @@
 """`POST /predict`: what other apps call all day."""
 
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, json_body
-from service.api.schemas import PredictIn, PredictionOut, PredictOut, UsageOut
-from service.core.errors import InvalidInput, ModelDamaged
+from service.api.schemas import PredictIn, PredictionOut, PredictOut, ThresholdOut, UsageOut
+from service.core.errors import Conflict, InvalidInput, ModelDamaged
 from service.db import catalog
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
+from service.ml.calibration import Threshold, threshold_for
 
 router = APIRouter(tags=["predict"])
 
@@ -27,14 +29,19 @@ async def _body(request: Request, ctx: Ctx) -> PredictIn:
 async def predict(ctx: Ctx, body: Annotated[PredictIn, Depends(_body)]) -> PredictOut:
     """Labels for texts, in their order, all from one published version of one model."""
     texts = _checked(ctx, body.all_texts)
-    served, labels = await run_in_threadpool(_find, ctx, body.model)
+    served, labels, calibration = await run_in_threadpool(_find, ctx, body.model)
+    threshold = None if body.target_precision is None else _threshold(body.target_precision, calibration)
+    least = body.min_confidence
+    if threshold is not None:
+        least = math.inf if threshold.min_confidence is None else threshold.min_confidence
     scores = await ctx.engine.predict(served, texts)
     if list(scores.labels) != labels:
         raise ModelDamaged("The labels in the saved model's manifest are not the ones that were published.")
     return PredictOut(
         model_id=served.id,
-        predictions=[_prediction(scores, row, body) for row in range(len(texts))],
+        predictions=[_prediction(scores, row, body.top_k, least) for row in range(len(texts))],
         usage=UsageOut(texts=len(texts), tokens=scores.tokens),
+        threshold=None if threshold is None else ThresholdOut.model_validate(threshold),
     )
 
 
@@ -51,19 +58,29 @@ def _checked(ctx: Context, texts: list[str]) -> list[str]:
     return texts
 
 
-def _find(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str]]:
+def _find(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str], dict[str, Any] | None]:
     with ctx.db.read() as session:
         model = catalog.find_model(session, id_or_alias)
     files = tuple(model.files)
-    return ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, files), model.labels
+    served = ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, files)
+    return served, model.labels, model.calibration
 
 
-def _prediction(scores: Scores, row: int, body: PredictIn) -> PredictionOut:
+def _threshold(target_precision: float, calibration: dict[str, Any] | None) -> Threshold:
+    if calibration is None:
+        raise Conflict(
+            "This model was published before thresholds were kept, so target_precision cannot be looked up. Train it "
+            "again, or give min_confidence."
+        )
+    return threshold_for(target_precision, calibration)
+
+
+def _prediction(scores: Scores, row: int, top_k: int, min_confidence: float) -> PredictionOut:
     probabilities = scores.probabilities[row]
     # Equal probabilities stand in the order of the labels' ids.
-    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[: body.top_k]
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[:top_k]
     confidence = probabilities[order[0]]
-    abstained = confidence < body.min_confidence
+    abstained = confidence < min_confidence
     return PredictionOut(
         label=None if abstained else scores.labels[order[0]],
         confidence=confidence,

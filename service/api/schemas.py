@@ -215,11 +215,24 @@ class PredictIn(BaseModel):
     text: str | None = None
     top_k: Annotated[int, Field(ge=1, le=1_000_000)] = 3
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+    target_precision: (
+        Annotated[
+            float,
+            Field(ge=0.5, le=1, description="Abstain under the confidence that was right so often on validation."),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _one_way_to_give_texts(self) -> "PredictIn":
         if (self.texts is None) == (self.text is None):
             raise ValueError("give either `texts`, a list, or `text`, one string")
+        return self
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> "PredictIn":
+        if self.target_precision is not None and "min_confidence" in self.model_fields_set:
+            raise ValueError("give either `min_confidence`, or `target_precision` to have it chosen")
         return self
 
     @field_validator("texts")
@@ -247,10 +260,28 @@ class UsageOut(BaseModel):
     tokens: int
 
 
+class ThresholdOut(BaseModel):
+    """The `min_confidence` chosen for a `target_precision`, and what it did on the validation rows.
+
+    `min_confidence` is null, and `note` says so, where no confidence reached the target: every prediction abstains. A
+    threshold that few rows stand behind has a `note` too.
+    """
+
+    model_config = ConfigDict(from_attributes=True)
+
+    min_confidence: float | None
+    validation_precision: float | None
+    validation_precision_ci95: tuple[float, float] | None
+    validation_coverage: float
+    validation_rows: int
+    note: str | None
+
+
 class PredictOut(BaseModel):
     model_id: str
     predictions: list[PredictionOut]
     usage: UsageOut
+    threshold: ThresholdOut | None = None
 
 
 class HealthOut(BaseModel):

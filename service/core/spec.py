@@ -1,8 +1,9 @@
 """What a job is asked to do. One definition, for the API that checks it and the worker that runs it."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Auto = Literal["auto"]
 Kind = Literal["experiment", "train", "baseline", "predict"]
@@ -85,6 +86,7 @@ class TrainSpec(_Part):
     early_stopping_patience: Annotated[int, Field(ge=0, le=50)] = 2
 
 
+CurveShare = Annotated[float, Field(ge=0.001, le=1, description="Of the train rows.")]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 
@@ -100,9 +102,17 @@ class JobSpec(_Part):
     split: SplitSpec = SplitSpec()
     baseline: BaselineSpec = BaselineSpec()
     train: TrainSpec = TrainSpec()
+    learning_curve: Annotated[list[CurveShare], Field(max_length=10)] = []
     margin: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
     model: Annotated[str, Field(max_length=64, description="For kind `predict`: a model's id or alias.")] | None = None
+
+    @field_validator("learning_curve")
+    @classmethod
+    def _shares_ascend(cls, shares: list[float]) -> list[float]:
+        if any(share >= following for share, following in pairwise(shares)):
+            raise ValueError("the shares of learning_curve must ascend, such as [0.1, 0.25, 0.5, 1.0]")
+        return shares
 
     @property
     def runs_baselines(self) -> bool:

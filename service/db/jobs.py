@@ -69,6 +69,7 @@ class NewModel:
     size_bytes: int
     storage_prefix: str
     files: list[str]
+    calibration: dict[str, Any] | None = None
 
 
 def submit(

@@ -139,6 +139,7 @@ class Model(Base):
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     storage_prefix: Mapped[str]
     files: Mapped[list[str]]
+    calibration: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime]
 
 

@@ -26,8 +26,9 @@ from service.inference import wire
 from service.inference.bases import Adapters, Bases, Limits
 from service.inference.wire import ServedModel
 from service.ml.adapter import Adapter
+from service.ml.calibration import softmax
 from service.ml.encode import encode
-from service.ml.engine import Engine, softmax
+from service.ml.engine import Engine
 from service.storage import Storage
 
 MAX_TEXTS_AT_ONCE = 1024
@@ -123,7 +124,7 @@ class EngineProcess:
         start = 0
         for ready in group:
             stop = start + len(ready.ids)
-            probabilities = softmax(np.stack(logits[start:stop]))
+            probabilities = softmax(np.stack(logits[start:stop]), ready.adapter.temperature)
             self._answer(
                 ready.request.number, labels=ready.adapter.labels, probabilities=probabilities.tolist(),
                 truncated=ready.truncated.tolist(), tokens=sum(len(row) for row in ready.ids),

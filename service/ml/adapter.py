@@ -37,6 +37,7 @@ class Adapter:
         max_length: Of a text, in tokens.
         lora: By layer, A (r, in) and B (out, r) with the scale folded into B.
         layers: By name, layers that take the place of the base's.
+        temperature: What logits are divided by before they become probabilities.
     """
 
     labels: tuple[str, ...]
@@ -45,6 +46,7 @@ class Adapter:
     max_length: int
     lora: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     layers: dict[str, Linear] = field(default_factory=dict)
+    temperature: float = 1.0
 
     @property
     def size_bytes(self) -> int:
@@ -89,6 +91,7 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
         {name: (a.to(device, dtype), b.to(device, dtype)) for name, (a, b) in lora.items()},
         {n: Linear(x.weight.to(device, dtype), None if x.bias is None else x.bias.to(device, dtype))
          for n, x in linears.items()},
+        manifest.temperature,
     )  # fmt: skip
 
 

@@ -161,14 +161,6 @@ class _Batches:
                 self.on_batch(done, len(self.lengths))
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Probabilities over the last axis, in float64, so that they sum to 1 in every digit that is printed."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    exp = np.exp(shifted)
-    probabilities: NDArray[np.float64] = exp / exp.sum(axis=-1, keepdims=True)
-    return probabilities
-
-
 def _apply(linear: Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, linear.weight, linear.bias)
 

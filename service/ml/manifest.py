@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,8 @@ class Manifest:
         seed: Of split and training.
         split: `algorithm`, and `sha256` of the split.csv it was trained on; its seed is `seed`.
         precision: Of the frozen weights while training.
+        temperature: Confidences are softmax(logits / temperature).
+        calibration: Thresholds of confidence and what they did on the validation rows, see `threshold_for`.
         libraries: Versions in force.
         files: sha256 of every other file in the folder.
     """
@@ -46,6 +49,8 @@ class Manifest:
     seed: int
     split: dict[str, Any]
     precision: str
+    temperature: float = 1.0
+    calibration: dict[str, Any] | None = None
     libraries: dict[str, str] = field(default_factory=lambda: {name: version(name) for name in _LIBRARIES})
     files: dict[str, str] = field(default_factory=dict)
     schema_version: int = 1
@@ -67,6 +72,8 @@ class Manifest:
         try:
             body = json.loads((folder / FILE).read_text(encoding="utf-8"))
             manifest = cls(**body | {"labels": tuple(body["labels"])})
+            if not 0 < manifest.temperature < math.inf:
+                raise ValueError("a temperature is above 0")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidData(f"{FILE} of the saved model is missing, damaged, or of another version.") from error
         for name, expected in manifest.files.items():

@@ -49,7 +49,8 @@ def predictions(folder: Path) -> list[dict[str, str]]:
 
 def test_stock_transformers_and_peft_give_the_fine_tunes_predictions(experiment: Path) -> None:
     adapter = experiment / "out" / "adapter"
-    labels = json.loads((adapter / "manifest.json").read_text())["labels"]
+    manifest = json.loads((adapter / "manifest.json").read_text())
+    labels = manifest["labels"]
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     base = AutoModelForSequenceClassification.from_pretrained(
         experiment / "base", num_labels=len(labels), dtype=torch.float32
@@ -59,8 +60,9 @@ def test_stock_transformers_and_peft_give_the_fine_tunes_predictions(experiment:
     rows = predictions(experiment)
     inputs = tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=32, return_tensors="pt")
     with torch.inference_mode():
-        probabilities = stock(**inputs).logits.softmax(-1)
+        probabilities = (stock(**inputs).logits / manifest["temperature"]).softmax(-1)
     assert [labels[i] for i in probabilities.argmax(1)] == [row["lora"] for row in rows]
+    assert manifest["temperature"] != 1
     confidence = [float(row["lora_confidence"]) for row in rows]
     assert probabilities.max(1).values.tolist() == pytest.approx(confidence, abs=1e-4)
 

@@ -71,7 +71,7 @@ def test_a_job_is_accepted_with_every_default_in_its_spec(client: TestClient) ->
         "train": {"epochs": "auto", "batch_size": "auto", "learning_rate": "auto", "max_length": 192, "lora_rank": 16,
                   "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "attention", "precision": "auto",
                   "gradient_checkpointing": "auto", "class_weights": "none", "early_stopping_patience": 2},
-        "margin": 0.02,
+        "learning_curve": [], "margin": 0.02,
     }  # fmt: skip
 
 
@@ -151,6 +151,9 @@ RANGES: list[tuple[str, list[Any], list[Any], str]] = [
     ("train.class_weights", ["none", "balanced"], ["other", None], "'none', 'balanced'"),
     ("train.early_stopping_patience", [0, 50], [-1, 51], "0 to 50"),
     ("train.target_modules", ["attention"], ["all-linear", ["q_proj"]], "'attention'"),
+    ("learning_curve", [[], [1], [0.1, 0.25, 0.5, 1.0]], [[0.5, 0.1], [0.5, 0.5]], "ascend"),
+    ("learning_curve", [[i / 10 for i in range(1, 11)]], [[i / 100 for i in range(1, 12)]], "10"),
+    ("learning_curve.0", [], [0, -0.1, 1.01, "half", None], "0.001 to 1"),
     ("margin", [0, 0.5], [-0.001, 0.501, "0.1"], "0 to 0.5"),
     ("kind", ["experiment", "train", "baseline"], ["fine-tune", 1], "'experiment', 'train', 'baseline'"),
     ("metadata", [{}, {"k" * 64: "v" * 512}, {str(i): "" for i in range(16)}], [{str(i): "" for i in range(17)}], "16"),
@@ -180,9 +183,10 @@ def test_every_end_of_a_range_is_allowed(client: TestClient, field: str, value: 
 def test_past_a_range_is_422_naming_the_field_and_what_is_allowed(
     client: TestClient, field: str, value: Any, allowed: str
 ) -> None:
-    body = problem_of(post(client, **nested(field, value)), 422, "invalid_input")
+    given = {"learning_curve": [value]} if field == "learning_curve.0" else nested(field, value)
+    body = problem_of(post(client, **given), 422, "invalid_input")
     [entry] = body["errors"]
-    assert entry["loc"] == field.split(".")
+    assert [str(part) for part in entry["loc"]] == field.split(".")
     assert allowed in entry["message"]
     assert field in body["detail"]
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from service.core.settings import Settings
 from service.db import jobs
 from service.main import create_app
 from service.ml.base_models import find_base, locate
+from service.ml.manifest import Manifest
 from tests.adapters import labels, save_random_adapter, stock_logits
 from tests.problems import problem_of
 from tests.rows import GRACE, START, add_job, claim, fresh_database, model
@@ -27,6 +28,8 @@ from tests.tiny import BERT, DISTILBERT, labelled_texts
 from tests.waiting import until
 
 TEXTS = [*labelled_texts(8, seed=3)[0], "late parcel " * 40]
+# Of 50 validation rows, all: 30 right; the surest 40: 36 right; the surest 10: 10 right.
+POINTS = {"rows": 50, "points": [[0.0, 50, 30], [0.5, 40, 36], [0.875, 10, 10]]}
 PATIENCE_SECONDS = 120  # two cores, shared with others: an engine takes a while to import torch
 
 
@@ -66,17 +69,22 @@ class Serving:
 
         return until(look, PATIENCE_SECONDS, "the engine answers")
 
-    def publish(self, name: str, base: str, n_labels: int, seed: int) -> str:
+    def publish(
+        self, name: str, base: str, n_labels: int, seed: int, *, temperature: float = 1.0,
+        calibration: dict[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         """A random LoRA model with its bytes in the storage, as a worker would leave it."""
         ctx = self.app.state.context
         folder = self.folder / name
         tokenizer = AutoTokenizer.from_pretrained(self.models_dir / base)
         save_random_adapter(folder, self.models_dir / base, tokenizer, n_labels, seed=seed)
-        self.logits[name] = stock_logits(self.models_dir / base, folder, TEXTS, n_labels)
+        replace(Manifest.read(folder), temperature=temperature, calibration=calibration).write(folder)
+        self.logits[name] = stock_logits(self.models_dir / base, folder, TEXTS, n_labels) / temperature
         source = locate(find_base(base, self.models_dir))
         made = model(
             base_model=base, base_revision=source.revision, labels=list(labels(n_labels)),
             files=sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
+            calibration=calibration,
         )  # fmt: skip
         ctx.storage.put_folder(folder, made.storage_prefix)
         add_job(ctx.db, name=name)
@@ -112,6 +120,7 @@ def serving(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         serving.publish("four", BERT, 4, seed=1)
         serving.publish("seven", BERT, 7, seed=2)
         serving.publish("other base", DISTILBERT, 3, seed=3)
+        serving.publish("calibrated", BERT, 4, seed=4, temperature=3.0, calibration=POINTS)
         serving.early.append(serving.ask("mdl_unknown"))
         for model_id in serving.ids.values():
             assert serving.answered(model_id).status_code == 200
@@ -146,7 +155,7 @@ def test_while_the_engine_loads_a_known_model_is_503_and_an_unknown_one_404(serv
         problem_of(answer, 503, answer.json()["code"])
 
 
-@pytest.mark.parametrize("name", ["four", "seven", "other base"])
+@pytest.mark.parametrize("name", ["four", "seven", "other base", "calibrated"])
 def test_a_model_answers_as_stock_peft_does(serving: Serving, name: str) -> None:
     answer = serving.ask(serving.ids[name])
     assert_right(serving, name, answer)
@@ -218,6 +227,44 @@ def test_under_min_confidence_a_prediction_abstains_and_still_shows_its_figures(
     assert all(p["abstained"] for p in serving.ask(serving.ids["seven"], min_confidence=1).json()["predictions"])
 
 
+@pytest.mark.parametrize(
+    ("target", "kept", "right", "least"),
+    [(0.5, 50, 30, 0.0), (0.6, 50, 30, 0.0), (0.61, 40, 36, 0.5), (1, 10, 10, 0.875)],
+)
+def test_a_target_precision_picks_the_lowest_threshold_that_reached_it(
+    serving: Serving, target: float, kept: int, right: int, least: float
+) -> None:
+    answer = serving.ask(serving.ids["calibrated"], target_precision=target).json()
+    chosen = answer["threshold"]
+    assert (chosen["min_confidence"], chosen["validation_precision"]) == (least, right / kept)
+    assert (chosen["validation_coverage"], chosen["validation_rows"]) == (kept / 50, 50)
+    few = "Only 10 of 50 validation rows were that sure, too few to rely on."
+    assert chosen["note"] == (few if kept < 30 else None)
+    low, high = chosen["validation_precision_ci95"]
+    assert low < chosen["validation_precision"] <= high + 1e-9
+    asked_so = serving.ask(serving.ids["calibrated"], min_confidence=least).json()
+    assert asked_so["threshold"] is None
+    assert [p["label"] for p in answer["predictions"]] == [p["label"] for p in asked_so["predictions"]]
+
+
+def test_where_no_threshold_reached_the_target_every_prediction_abstains_and_the_answer_says_so(
+    serving: Serving,
+) -> None:
+    never = {"rows": 12, "points": [[0.0, 12, 6], [0.7, 4, 3]]}
+    model_id = serving.publish("unsure", BERT, 4, seed=5, calibration=never)
+    answer = serving.ask(model_id, target_precision=0.9).json()
+    assert answer["threshold"]["min_confidence"] is None
+    assert answer["threshold"]["validation_coverage"] == 0
+    assert "0.9 on the 12 validation rows; the best was 0.750, on the 4 rows" in answer["threshold"]["note"]
+    assert all(p["abstained"] and p["label"] is None for p in answer["predictions"])
+    assert all(p["confidence"] > 0.25 for p in answer["predictions"])
+
+
+def test_a_model_published_without_thresholds_says_what_to_do(serving: Serving) -> None:
+    body = problem_of(serving.ask(serving.ids["four"], target_precision=0.9), 409, "conflict")
+    assert "Train it again, or give min_confidence" in body["detail"]
+
+
 def test_one_text_may_be_given_without_a_list(serving: Serving) -> None:
     assert_right(serving, "four", serving.ask(serving.ids["four"], text=TEXTS[0]), slice(0, 1))
 
@@ -245,6 +292,9 @@ BAD: dict[str, dict[str, Any]] = {
     "top_k 2^63": {"top_k": 2**63},
     "min_confidence 1.1": {"min_confidence": 1.1},
     "min_confidence -1": {"min_confidence": -1},
+    "target_precision 0.49": {"target_precision": 0.49},
+    "target_precision 1.01": {"target_precision": 1.01},
+    "two thresholds": {"target_precision": 0.9, "min_confidence": 0.0},
     "an unknown field": {"topk": 3},
 }
 

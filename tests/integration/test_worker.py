@@ -29,6 +29,7 @@ SUMMARY = {
     "headline": "lora wins",
     "methods": {"lora": {"accuracy": 0.9, "macro_f1": 0.8, "on": "test", "model_id": None}},
 }
+POINTS = {"rows": 10, "points": [[0.0, 10, 8]]}
 Step = dict[str, Any] | Callable[["FakeChild"], Any]
 
 
@@ -136,7 +137,7 @@ def leaves(*names: str) -> Callable[[FakeChild], None]:
             file = child.folder / "out" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(name.encode())
-        manifest = {"base_model": "minilm", "base_revision": "sha256:0", "labels": ["a", "b"]}
+        manifest = {"base_model": "minilm", "base_revision": "sha256:0", "labels": ["a", "b"], "calibration": POINTS}
         (child.folder / "out" / "adapter").mkdir(parents=True, exist_ok=True)
         (child.folder / "out" / "adapter" / "manifest.json").write_text(json.dumps(manifest))
 
@@ -157,6 +158,7 @@ def test_a_job_that_succeeds_is_published_once(bench: Bench) -> None:
     [model] = bench.rows(Model)
     assert (model.method, model.labels, model.version) == ("lora", ["a", "b"], 1)
     assert model.metrics == {"accuracy": 0.9, "macro_f1": 0.8}
+    assert model.calibration == POINTS
     assert job.model_id == model.id
     assert job.summary is not None
     assert job.summary["methods"]["lora"]["model_id"] == model.id

@@ -1,184 +1,208 @@
-"""How often the verdict errs: at chance, and where a gap is planted. A hundred seeds by `make calibrate`, a few always.
-
-Split, subset, methods, comparisons, recommendation and headline are the experiment's own. What stands in is the base
-model, by features that carry as much of the label as a test wants; a probe on them is what is called LoRA here.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+"""Temperature, bins and thresholds, held to torch, scikit-learn, scipy and to counting."""
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+import scipy.special
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.stats import binomtest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import log_loss
 
-from service.ml.evidence import PairedComparison, same_texts
-from service.ml.labels import LabelSet
-from worker.compare import MethodAnswers, compare_all
-from worker.methods.frozen import fit_probe
-from worker.methods.majority import Majority
-from worker.methods.protocol import Rows
-from worker.methods.tfidf_logreg import TfidfLogreg
-from worker.split import split_rows, stratified_subset
-from worker.verdict import Recommendation, headline, recommend
+from service.ml.calibration import softmax, threshold_for, wilson_interval
+from worker.calibration import (
+    MAX_THRESHOLDS,
+    TEMPERATURES,
+    coverage_curve,
+    expected_calibration_error,
+    fit_temperature,
+    precision_points,
+    reliability_bins,
+)
+from worker.metrics import score
+from worker.predictions import Predictions
 
-K, MARGIN, PROMPTED = 4, 0.02, 300
-LABELS = LabelSet(tuple("abcd"))
-SHARES = {"train": 0.5, "validation": 0.05, "test": 0.45}
-MOST = 5
-"""Of a hundred seeds."""
 
-seeds = pytest.mark.parametrize(
-    "n_seeds", [2, pytest.param(100, marks=[pytest.mark.calibrate, pytest.mark.timeout(1800)])]
+def drawn(n, K, temperature, seed=0):
+    """Logits, and labels drawn from softmax(logits / temperature): the temperature that calibrates them is known."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (n, K)).astype(np.float32)
+    probabilities = scipy.special.softmax(logits.astype(np.float64) / temperature, axis=1)
+    return logits, np.array([rng.choice(K, p=p) for p in probabilities])
+
+
+def by_lbfgs(logits, label_ids):
+    """Platt's targets and torch's optimizer: 1 − ε on the true label, ε on all others together."""
+    doubt = 1 / (len(logits) + 2)
+    x, y = torch.tensor(logits, dtype=torch.float64), torch.tensor(label_ids)
+    log_t = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_t], max_iter=200, line_search_fn="strong_wolfe", tolerance_change=1e-12)
+
+    def closure():
+        optimizer.zero_grad()
+        p = torch.softmax(x / log_t.exp(), 1).gather(1, y[:, None])[:, 0]
+        loss = -((1 - doubt) * p.log() + doubt * (1 - p).log()).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(log_t.detach().exp())
+
+
+# The temperature -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("K", [2, 5, 40])
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_the_temperature_is_the_one_that_torch_finds(K, temperature):
+    logits, label_ids = drawn(300, K, temperature)
+    assert fit_temperature(logits, label_ids) == pytest.approx(by_lbfgs(logits, label_ids), rel=2e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 2.5])
+def test_with_many_rows_it_is_the_lowest_log_loss_and_the_temperature_the_labels_were_drawn_at(temperature):
+    logits, label_ids = drawn(20_000, 5, temperature)
+    grid = temperature * np.linspace(0.8, 1.2, 81)
+    losses = [log_loss(label_ids, scipy.special.softmax(logits.astype(float) / t, axis=1)) for t in grid]
+    found = fit_temperature(logits, label_ids)
+    assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.01)
+    assert found == pytest.approx(temperature, rel=0.05)
+
+
+@pytest.mark.parametrize("n", [1, 5, 100])
+@pytest.mark.parametrize("K", [2, 77])
+def test_rows_that_are_all_right_are_given_no_certainty(n, K):
+    logits, label_ids = np.full((n, K), -3.0, np.float32), np.arange(n) % K
+    logits[np.arange(n), label_ids] = 5
+    confidence = softmax(logits, fit_temperature(logits, label_ids)).max(1)
+    np.testing.assert_allclose(confidence, (n + 1) / (n + 2), atol=1e-3)  # the rule of succession
+
+
+def test_rows_that_are_all_wrong_ask_for_as_much_doubt_as_there_is():
+    logits = np.tile(np.array([8.0, 0.0, 0.0], np.float32), (50, 1))
+    assert fit_temperature(logits, np.full(50, 1)) == pytest.approx(TEMPERATURES[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "logits", [np.zeros((4, 3)), np.zeros((0, 3)), np.full((4, 3), np.nan)], ids=["level", "no rows", "NaN"]
+)
+def test_rows_that_tell_nothing_leave_the_logits_as_they_are(logits):
+    assert fit_temperature(logits.astype(np.float32), np.zeros(len(logits), dtype=np.int64)) == 1.0
+
+
+rows_of_logits = st.tuples(st.integers(1, 12), st.integers(2, 5)).flatmap(
+    lambda shape: st.tuples(
+        arrays(np.float32, shape, elements=st.floats(-1e4, 1e4, width=32)),
+        arrays(np.int64, shape[:1], elements=st.integers(0, shape[1] - 1)),
+    )
 )
 
 
-@dataclass(frozen=True)
-class Told:
-    """What a job says."""
-
-    comparisons: Sequence[PairedComparison]
-    recommendation: Recommendation
-    headline: str
-
-    @property
-    def says_fine_tuning_buys_nothing(self) -> bool:
-        return "buys nothing" in self.headline.lower() or "No method pays off" in self.headline
+@given(rows_of_logits)
+def test_whatever_the_rows_it_is_within_bounds(case):
+    temperature = fit_temperature(*case)
+    assert TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
 
 
-@dataclass(frozen=True)
-class Features:
-    """A base model whose states are looked up by text; half of their numbers are noise."""
-
-    of: Mapping[str, NDArray[np.float64]]
-
-    def states(self, texts: Sequence[str], on_progress: object = None) -> dict[str, NDArray[np.float64]]:
-        return {"pooled": np.stack([self.of[text] for text in texts])}
+@given(rows_of_logits, st.floats(*TEMPERATURES))
+def test_no_temperature_changes_a_label(case, temperature):
+    logits = case[0].round(1)  # nearer than that in a thousand may be equal probabilities, which go by order
+    probabilities = softmax(logits, temperature)
+    np.testing.assert_array_equal(probabilities.argmax(1), logits.argmax(1))
+    np.testing.assert_allclose(probabilities, scipy.special.softmax(logits.astype(float) / temperature, axis=1))
 
 
-def experiment(
-    texts: Sequence[str],
-    label_ids: NDArray[np.int64],
-    clue: NDArray[np.int64],
-    seed: int,
-    prompt: str = "guesses",
-    by_text: bool = True,
-) -> Told:
-    """Majority, TF-IDF, a probe on noise, a prompt on the subset, and a probe on features that hold `clue`."""
-    rng = np.random.default_rng([seed, 1])
-    split = split_rows(texts, label_ids, SHARES, seed)  # type: ignore[arg-type]
-    train, validation, test = (
-        Rows(tuple(texts[i] for i in part), label_ids[part], LABELS)
-        for part in (split.train, split.validation, split.test)
-    )
-    noise = Features({text: rng.normal(size=8) for text in texts})
-    clued = Features(
-        {text: np.concatenate([3 * np.eye(K)[c], rng.normal(size=K)]) for text, c in zip(texts, clue, strict=True)}
-    )
-    cheap = {"majority": Majority(), "tfidf_logreg": TfidfLogreg()}
-    ids = {name: method.fit(train, validation).predict(test.texts).label_ids for name, method in cheap.items()}
-    for name, base in (("embedding_logreg", noise), ("lora", clued)):
-        probe = fit_probe(base, train, validation, "pooled", intercept=True)  # type: ignore[arg-type]
-        ids[name] = (base.states(test.texts)["pooled"] @ probe.weight.T + probe.bias).argmax(1)
-    n = len(test.texts)
-    ids["zero_shot_prompt"] = np.full(n, -1) if prompt == "silent" else rng.integers(0, K, n)
-    subset, text_ids = (
-        stratified_subset(test.texts, test.label_ids, PROMPTED, seed),
-        same_texts(test.texts) if by_text else np.arange(n),
-    )
-    true_ids = test.label_ids
-    answers = {
-        name: MethodAnswers(
-            true_ids, true_ids[subset], None if "prompt" in name else given, given[subset], text_ids, text_ids[subset]
-        )
-        for name, given in ids.items()
-    }
-    comparisons = compare_all(answers, K, seed)
-    recommendation = recommend(answers, MARGIN, K, seed)
-    return Told(comparisons, recommendation, headline(recommendation, answers, comparisons))
+# What stands in metrics.json -----------------------------------------------------------------------
+def test_figures_before_and_after_are_those_of_logits_without_and_with_the_temperature():
+    logits, label_ids = drawn(400, 4, 3.0)
+    labels = list("abcd")
+    temperature = fit_temperature(logits, label_ids)
+    after = score(Predictions.of_logits(logits, temperature, 0.1), label_ids, labels)
+    before = score(Predictions(logits.argmax(1), softmax(logits)), label_ids, labels)
+    assert after["temperature"] == temperature
+    for name in ("log_loss", "expected_calibration_error"):
+        assert after[f"{name}_uncalibrated"] == pytest.approx(before[name], rel=1e-9)
+        assert after[name] < before[name]
+    assert after["accuracy"] == before["accuracy"]
+    assert not {"temperature", "log_loss_uncalibrated"} & set(before)
 
 
-def at_chance(
-    seed: int, *, repeats: int = 1, prompt: str = "guesses", n_texts: int = 1200, by_text: bool = True
-) -> Told:
-    """Balanced data whose labels were shuffled over the texts, each of which stands in the file so many times."""
-    rng = np.random.default_rng([seed, 0])
-    words = [f"w{i}" for i in range(60)]
-    once = [f"{' '.join(rng.choice(words, 6))} n{i}" for i in range(n_texts)]
-    label_ids = np.repeat(rng.permutation(np.arange(n_texts) % K), repeats)
-    texts = [text.upper() if i % 2 else text for text in once for i in range(repeats)]
-    return experiment(texts, label_ids, rng.integers(0, K, len(texts)), seed, prompt, by_text)
+@given(st.integers(1, 200), st.integers(0, 99))
+def test_bins_hold_every_row_once_and_agree_with_scikit_learn(n, seed):
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0.01, 1, n)
+    correct = rng.uniform(size=n) < confidence
+    bins = reliability_bins(confidence, correct)
+    assert sum(b["n"] for b in bins) == n
+    assert sum(b["n"] * b["accuracy"] for b in bins if b["n"]) == pytest.approx(correct.sum())
+    accuracy, mean = calibration_curve(correct, confidence, n_bins=10)
+    filled = [b for b in bins if b["n"]]
+    np.testing.assert_allclose([b["accuracy"] for b in filled], accuracy)
+    np.testing.assert_allclose([b["mean_confidence"] for b in filled], mean)
+    assert all(b["low"] < b["mean_confidence"] <= b["high"] for b in filled)
 
 
-def with_gap(seed: int, gap: float, *, n: int = 1400, lora: float = 0.85, shared: float = 0.5) -> Told:
-    """LoRA is truly right on `lora` of all rows, TF-IDF on `gap` less; so much of their luck is the row's, for both."""
-    rng = np.random.default_rng([seed, 0])
-    label_ids = rng.permutation(np.arange(n) % K)
-    luck = rng.random((2, n))
-    luck[1] = np.where(rng.random(n) < shared, luck[0], luck[1])
-    wrong = (label_ids + rng.integers(1, K, n)) % K
-    clue, word = (np.where(own < right, label_ids, wrong) for own, right in zip(luck, (lora, lora - gap), strict=True))
-    texts = [f"clue{word[i]} n{i} m{rng.integers(50)}" for i in range(n)]
-    return experiment(texts, label_ids, clue, seed)
+def test_no_rows_have_ten_empty_bins_no_error_and_no_curve():
+    nothing = np.zeros(0)
+    bins = reliability_bins(nothing, nothing.astype(bool))
+    assert [b["n"] for b in bins] == [0] * 10
+    assert expected_calibration_error(bins) is None
+    assert coverage_curve(nothing, nothing.astype(bool)) == []
 
 
-def false_wins(told: Sequence[Told]) -> int:
-    """Families in which anything is said to win, where nothing does."""
-    return sum(any(c.verdict != "inconclusive" for c in family.comparisons) for family in told)
+@given(st.integers(1, 100), st.integers(1, 30), st.integers(0, 99))
+def test_the_coverage_curve_ends_with_all_rows_and_each_point_is_what_counting_gives(n, distinct, seed):
+    rng = np.random.default_rng(seed)
+    confidence, correct = rng.integers(1, distinct + 1, n) / distinct, rng.uniform(size=n) < 0.7
+    curve = coverage_curve(confidence, correct)
+    assert 1 <= len(curve) <= 20
+    assert curve[-1] == {"threshold": confidence.min(), "coverage": 1.0, "accuracy": pytest.approx(correct.mean())}
+    coverages = [point["coverage"] for point in curve]
+    assert coverages == sorted(set(coverages))
+    for point in curve:
+        kept = confidence >= point["threshold"]
+        assert (point["coverage"], point["accuracy"]) == pytest.approx((kept.mean(), correct[kept].mean()))
 
 
-@seeds
-@pytest.mark.parametrize("repeats", [1, 4])
-def test_at_chance_families_with_a_false_win_are_five_in_a_hundred_at_most(n_seeds: int, repeats: int) -> None:
-    told = [at_chance(seed, repeats=repeats, n_texts=1200 // repeats) for seed in range(n_seeds)]
-    false = false_wins(told)
-    praised = sum("worth it" in family.headline or "comes out first" in family.headline for family in told)
-    print(f"\nat chance, {repeats} rows a text: {false} families of {n_seeds} with a false win, {praised} praised")
-    assert {len(family.comparisons) for family in told} == {7}
-    assert false <= MOST * n_seeds / 100
-    assert praised <= MOST * n_seeds / 100
+# Thresholds ----------------------------------------------------------------------------------------
+@given(st.integers(1, 80), st.integers(1, 30), st.integers(0, 99), st.floats(0.5, 1))
+def test_the_threshold_is_the_lowest_confidence_that_reached_the_target(n, distinct, seed, target):
+    rng = np.random.default_rng(seed)
+    confidence, correct = rng.integers(1, distinct + 1, n) / distinct, rng.uniform(size=n) < 0.7
+    tried = [0.0, *sorted(set(confidence))]
+    reached = [t for t in tried if correct[confidence >= t].sum() / (confidence >= t).sum() >= target]
+    found = threshold_for(target, {"rows": n, "points": precision_points(confidence, correct)})
+    assert found.validation_rows == n
+    if not reached:
+        assert (found.min_confidence, found.validation_precision, found.validation_coverage) == (None, None, 0.0)
+        assert f"{target:g}" in found.note
+        assert "abstains" in found.note
+        return
+    kept = confidence >= reached[0]
+    # 0 stands for every confidence up to the lowest: all rows are kept.
+    assert found.min_confidence == (0.0 if kept.all() else reached[0])
+    assert (found.note is None) == (kept.sum() >= 30)
+    assert found.validation_precision == pytest.approx(correct[kept].mean())
+    assert found.validation_coverage == pytest.approx(kept.mean())
+    assert found.validation_precision_ci95 == wilson_interval(int(correct[kept].sum()), int(kept.sum()))
 
 
-@seeds
-def test_at_chance_lora_never_wins_over_a_silent_prompt(n_seeds: int) -> None:
-    beaten = 0
-    for seed in range(n_seeds):
-        found = {c.baseline: c for c in at_chance(seed, prompt="silent").comparisons if c.candidate == "lora"}
-        beaten += found["zero_shot_prompt"].mcnemar_p_holm < 0.001
-        if found["majority"].verdict != "candidate_wins":
-            assert found["zero_shot_prompt"].verdict == "inconclusive"
-    assert beaten == n_seeds  # it is better than silence, and that is no merit
+def test_thresholds_are_thinned_to_a_few_that_still_hold_what_they_promise():
+    rng = np.random.default_rng(3)
+    confidence = rng.uniform(0.3, 1, 20_000)
+    correct = rng.uniform(size=20_000) < confidence
+    points = precision_points(confidence, correct)
+    assert len(points) == MAX_THRESHOLDS
+    assert points[0] == [0.0, 20_000, correct.sum()]
+    for target in (0.7, 0.8, 0.9, 0.95):
+        found = threshold_for(target, {"rows": 20_000, "points": points})
+        kept = confidence >= found.min_confidence
+        assert found.validation_precision == pytest.approx(correct[kept].mean())
+        assert target <= found.validation_precision < target + 0.02
 
 
-@seeds
-@pytest.mark.parametrize("gap", [0.03, 0.06])
-def test_where_a_gap_is_planted_fine_tuning_is_not_said_to_buy_nothing(n_seeds: int, gap: float) -> None:
-    told = [with_gap(seed, gap) for seed in range(n_seeds)]
-    said = sum(family.says_fine_tuning_buys_nothing for family in told)
-    cheaper = sum(family.recommendation.method != "lora" for family in told)
-    print(f"\na gap of {gap}: 'buys nothing' {said} of {n_seeds}, a cheaper method recommended {cheaper}")
-    assert said <= MOST * n_seeds / 100
-    if (
-        gap > 2 * MARGIN
-    ):  # nearer to the margin a cheaper method may come out best by chance, and is then called unproven
-        assert cheaper <= MOST * n_seeds / 100
-
-
-@seeds
-def test_the_counts_above_can_fail_the_same_rule_says_it_where_it_is_true(n_seeds: int) -> None:
-    told = [with_gap(seed, 0.0, n=3000, shared=0.95) for seed in range(n_seeds)]
-    said = sum(family.says_fine_tuning_buys_nothing for family in told)
-    won = sum(
-        any((c.baseline, c.verdict) == ("majority", "candidate_wins") for c in family.comparisons) for family in told
-    )
-    print(f"\nno gap: 'buys nothing' {said} of {n_seeds}; families with a true win {won}")
-    assert said > 0.5 * n_seeds
-    assert won == n_seeds
-
-
-@pytest.mark.calibrate
-@pytest.mark.timeout(1800)
-def test_rows_of_equal_text_taken_as_independent_would_win_falsely() -> None:
-    told = [at_chance(seed, repeats=4, n_texts=300, by_text=False) for seed in range(100)]
-    false = false_wins(told)
-    print(f"\nat chance, 4 rows a text, taken as independent: {false} families of 100 with a false win")
-    assert false > MOST
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_is_scipys(case):
+    right, n = case
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    assert wilson_interval(right, n) == pytest.approx((expected.low, expected.high), abs=1e-9)

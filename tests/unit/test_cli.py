@@ -177,6 +177,14 @@ def test_predict_asks_again_when_the_server_says_so(server: FakeServer, monkeypa
     assert [json.loads(request.content) for request in server.requests] == [sent] * 3
 
 
+def test_predict_sends_a_target_precision_in_place_of_a_threshold(server: FakeServer) -> None:
+    server.answers["POST /predict"] = {"model_id": "mdl_1"}
+    server.client().predict("mdl_1", ["a"], target_precision=0.9)
+    server.client().predict("mdl_1", ["a"], target_precision=0.9, min_confidence=0.5)
+    sent = {"model": "mdl_1", "texts": ["a"], "top_k": 3, "target_precision": 0.9}
+    assert [json.loads(request.content) for request in server.requests] == [sent, sent | {"min_confidence": 0.5}]
+
+
 @pytest.mark.parametrize(
     ("answer", "deadline_seconds"),
     [

@@ -12,8 +12,9 @@ from service.core.errors import InvalidData
 from service.ml.adapter import CONFIG, HEAD, WEIGHTS, load_adapter, save_head
 from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
+from service.ml.calibration import softmax
 from service.ml.encode import encode
-from service.ml.engine import TOKEN_BUDGET, Engine, softmax
+from service.ml.engine import TOKEN_BUDGET, Engine
 from service.ml.manifest import FILE
 from tests.adapters import manifest, save_random_adapter, stock_logits
 from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, HIDDEN, QWEN3, labelled_texts
@@ -288,6 +289,14 @@ def manifest_of_another_version(folder):
     (folder / FILE).write_text(json.dumps(json.loads((folder / FILE).read_text()) | {"unheard_of": 1}))
 
 
+def no_temperature_there_is(folder):
+    (folder / FILE).write_text(json.dumps(json.loads((folder / FILE).read_text()) | {"temperature": 0}))
+
+
+def not_a_number_for_a_temperature(folder):
+    (folder / FILE).write_text(json.dumps(json.loads((folder / FILE).read_text()) | {"temperature": float("nan")}))
+
+
 def manifest_that_lists_no_weights(folder):
     """Weights that nobody signed are not the ones that were published."""
     body = json.loads((folder / FILE).read_text())
@@ -372,7 +381,7 @@ def a_tensor_of_unknown_meaning(folder):
         manifest_without_labels, manifest_of_another_version, manifest_that_lists_no_weights, other_label_count,
         nan_in_lora, infinity_in_head, half_a_pair, the_other_half, ranks_that_differ, a_pair_without_shape,
         inputs_that_differ, outputs_that_differ, a_layer_nobody_has, a_layer_that_is_not_linear, no_head,
-        a_narrow_head, a_tensor_of_unknown_meaning,
+        a_narrow_head, a_tensor_of_unknown_meaning, no_temperature_there_is, not_a_number_for_a_temperature,
     ],
 )  # fmt: skip
 def test_a_damaged_adapter_is_refused(damage, tiny_models, tmp_path):
@@ -383,6 +392,15 @@ def test_a_damaged_adapter_is_refused(damage, tiny_models, tmp_path):
     with pytest.raises(InvalidData) as refused:
         attached(engine, folder)
     assert str(tmp_path) not in refused.value.detail
+
+
+def test_a_manifest_of_before_there_were_temperatures_is_read_as_one_of_1(tiny_models, tmp_path):
+    engine = engine_of(tiny_models, QWEN3)
+    folder = adapter_folder(tiny_models, tmp_path, engine, QWEN3, 3)
+    body = json.loads((folder / FILE).read_text())
+    del body["temperature"], body["calibration"]
+    (folder / FILE).write_text(json.dumps(body))
+    assert attached(engine, folder).temperature == 1
 
 
 def test_an_adapter_of_another_base_is_refused(tiny_models, tmp_path):

@@ -7,7 +7,8 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.metrics import CALIBRATION_BINS, confidences, expected_calibration_error, score
+from worker.calibration import CALIBRATION_BINS
+from worker.metrics import confidences, score
 from worker.predictions import NO_ANSWER, Predictions
 
 
@@ -97,16 +98,19 @@ def test_calibration_error_is_the_mean_gap_of_ten_equal_bins():
 
 
 def test_certain_and_right_is_perfectly_calibrated_and_certain_and_wrong_the_worst():
-    certain = np.ones(5)
-    assert expected_calibration_error(certain, np.ones(5, dtype=bool)) == 0.0
-    assert expected_calibration_error(certain, np.zeros(5, dtype=bool)) == 1.0
+    certain = Predictions(np.zeros(5, dtype=np.int64), np.tile([1.0, 0.0], (5, 1)))
+    for true_id, error in ((0, 0.0), (1, 1.0)):
+        figures = score(certain, np.full(5, true_id), ["a", "b"])
+        assert figures["expected_calibration_error"] == error
 
 
 def test_rows_without_an_answer_have_no_confidence_and_do_not_touch_calibration():
     probabilities = np.array([[0.75, 0.25], [0.1, 0.9]])
-    confidence = confidences(probabilities, np.array([0, NO_ANSWER]))
-    np.testing.assert_array_equal(confidence, [0.75, np.nan])
-    assert expected_calibration_error(confidence, np.array([True, False])) == 0.25
+    label_ids = np.array([0, NO_ANSWER])
+    np.testing.assert_array_equal(confidences(probabilities, label_ids), [0.75, np.nan])
+    figures = score(Predictions(label_ids, probabilities), np.array([0, 0]), ["a", "b"])
+    assert figures["expected_calibration_error"] == 0.25
+    assert figures["coverage"][-1] == {"threshold": 0.0, "coverage": 1.0, "accuracy": 0.5}
 
 
 def test_generated_answers_are_counted_by_how_they_parsed():

@@ -90,6 +90,8 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
             "gradient_checkpointing": False,
             "truncated_texts": 4,
         },
+        "learning_curve": [],
+        "overtakes": None,
         "environment": {"python": "3.11.7", "libraries": {"torch": "2.13.0", "peft": "0.21.0"}},
     }
     summary = {
@@ -270,11 +272,11 @@ def test_learning_curve_and_reliability_are_drawn_and_told_where_there_are_figur
     metrics["learning_curve"] = [
         {"share": s, "n_train": n, "methods": {"lora": {"accuracy": a, "macro_f1": a}}} for s, n, a in points
     ]
-    metrics["overtakes"] = {"method": "lora", "n_train": 960}
+    metrics["overtakes"] = {"method": "lora", "n_train": 960, "prompt": "zero_shot_prompt", "prompt_accuracy": 0.55,
+                            "n": 60, "caveat": "A point estimate."}  # fmt: skip
     html = render(metrics, summary, notes)
     assert "LoRA fine-tuning: 41.0% at 96 rows, 97.0% at 960 rows" in html
-    assert "passes zero-shot prompting" in html
-    assert "from 960 train rows on" in html
+    assert "passes zero-shot prompting (55.0% of 60 rows) with 960 train rows. A point estimate." in html
     assert "80% right at 85%" in html
     assert "99.0% right of 80%" in html
     assert "LoRA fine-tuning 0.050." in " ".join(Page(html).text.split())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from service.ml.dataset import fold
 from service.ml.labels import LabelSet
-from worker.split import PARTS, split_as_given, split_rows, stratified_subset
+from worker.split import PARTS, growing_order, split_as_given, split_rows, stratified_subset
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 WORDS = st.sampled_from(
@@ -195,3 +195,43 @@ def test_under_one_row_per_label_the_frequent_labels_get_theirs():
     labels = np.repeat(np.arange(10), np.arange(1, 11))
     subset = stratified_subset([f"text {i}" for i in range(len(labels))], labels, 5, 1)
     assert sorted(labels[subset].tolist()) == [5, 6, 7, 8, 9]
+
+
+# The learning curve's order ------------------------------------------------------------------------
+
+
+@settings(**SHARED)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=120), st.integers(0, 2**32 - 1))
+def test_every_beginning_of_the_growing_order_is_stratified_with_a_row_of_each_label_first(labels, seed):
+    labels = np.array(labels, dtype=np.int64)
+    texts = [f"text {i}" for i in range(len(labels))]
+    order = growing_order(texts, labels, seed)
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    assert order.tolist() == growing_order(texts, labels, seed).tolist()
+    whole = Counter(labels.tolist())
+    for size in range(1, len(labels) + 1):
+        drawn = Counter(labels[order[:size]].tolist())
+        assert len(drawn) == min(size, len(whole))
+        if size >= len(whole):
+            for label, count in whole.items():
+                assert abs(drawn[label] - count * size / len(labels)) <= len(whole)
+    assert labels[order[0]] in [label for label, count in whole.items() if count == max(whole.values())]
+
+
+@settings(**SHARED)
+@given(st.dictionaries(st.text("xyz", min_size=1), st.integers(0, 3), min_size=2), st.randoms(use_true_random=False))
+def test_the_growing_order_of_a_label_depends_on_its_texts_and_the_seed_alone(label_of, rng):
+    rows = list(label_of.items())
+
+    def by_label(rows, seed):
+        order = growing_order([text for text, _ in rows], np.array([label for _, label in rows]), seed)
+        return {label: [rows[i][0] for i in order if rows[i][1] == label] for label in range(4)}
+
+    before = by_label(rows, 1)
+    rng.shuffle(rows)
+    assert by_label(rows, 1) == before
+
+
+def test_another_seed_is_another_growing_order():
+    texts, labels = [f"text {i}" for i in range(60)], np.arange(60) % 3
+    assert growing_order(texts, labels, 1).tolist() != growing_order(texts, labels, 2).tolist()

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from service.ml.adapter import Adapter
 from service.ml.encode import encode
-from service.ml.engine import Engine, softmax
+from service.ml.engine import Engine
 from service.ml.manifest import States
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.predictions import Predictions
@@ -29,28 +29,33 @@ class FrozenBase:
 
     def states(self, texts: tuple[str, ...], on_progress: OnProgress = silent) -> dict[str, NDArray[np.float32]]:
         """`head` (N, H') and `pooled` (N, H) of N texts; kept, since the probe and the fine-tune both want them."""
-        if texts not in self._states:
-            ids = encode(self.engine.backbone.tokenizer, texts, self.max_length).ids
-            self._states[texts] = self.engine.states(
-                ids, lambda done, n: on_progress(done / n, f"base model over {done}/{n} texts")
-            )
+        if texts in self._states:
+            return self._states[texts]
+        wanted = set(texts)
+        known = next((held for held in self._states if wanted <= set(held)), None)
+        if known is not None:  # a part of rows that were all computed, such as a learning curve's: not kept twice
+            place = {text: i for i, text in enumerate(known)}
+            return {kind: values[[place[text] for text in texts]] for kind, values in self._states[known].items()}
+        ids = encode(self.engine.backbone.tokenizer, texts, self.max_length).ids
+        self._states[texts] = self.engine.states(
+            ids, lambda done, n: on_progress(done / n, f"base model over {done}/{n} texts")
+        )
         return self._states[texts]
 
-    def logits(self, adapter: Adapter, texts: Sequence[str]) -> NDArray[np.float32]:
+    def logits(self, adapter: Adapter, texts: Sequence[str], on_progress: OnProgress = silent) -> NDArray[np.float32]:
         """`(N, K)` of N texts."""
-        ids = encode(self.engine.backbone.tokenizer, texts, adapter.max_length).ids
-        return np.stack(self.engine.score(ids, [adapter] * len(ids)))
-
-    def predict(self, adapter: Adapter, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
-        """Answers as `/predict` would give them: the same encoding, the same engine."""
-        start = time.perf_counter()
         ids = encode(self.engine.backbone.tokenizer, texts, adapter.max_length).ids
         logits = self.engine.score(
             ids, [adapter] * len(ids), lambda done, n: on_progress(done / n, f"scored {done}/{n} texts")
         )
-        probabilities = softmax(np.stack(logits)) if logits else np.empty((0, len(adapter.labels)))
+        return np.stack(logits) if logits else np.empty((0, len(adapter.labels)), np.float32)
+
+    def predict(self, adapter: Adapter, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
+        """Answers as `/predict` would give them: the same encoding, the same engine."""
+        start = time.perf_counter()
+        logits = self.logits(adapter, texts, on_progress)
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
-        return Predictions(probabilities.argmax(1), probabilities, seconds_per_row=seconds)
+        return Predictions.of_logits(logits, adapter.temperature, seconds)
 
 
 @dataclass(frozen=True)

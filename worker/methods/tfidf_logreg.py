@@ -7,23 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from worker.calibration import fit_temperature
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.predictions import Predictions
 
 
 @dataclass(frozen=True)
 class TfidfPredictor:
-    """A fitted scikit-learn pipeline over K labels, of which it has seen some."""
+    """A fitted scikit-learn pipeline over K labels, of which it has seen some, and its temperature."""
 
     pipeline: Any
     n_labels: int
+    temperature: float
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
-        probabilities = np.zeros((len(texts), self.n_labels))
-        probabilities[:, self.pipeline.classes_] = self.pipeline.predict_proba(texts)
+        logits = np.full((len(texts), self.n_labels), -np.inf)  # of labels never seen: probability 0
+        logits[:, self.pipeline.classes_] = self.pipeline.predict_log_proba(texts)
         seconds = time.perf_counter() - start
-        return Predictions(probabilities.argmax(1), probabilities, seconds_per_row=seconds / max(len(texts), 1))
+        return Predictions.of_logits(logits, self.temperature, seconds / max(len(texts), 1))
 
 
 class TfidfLogreg:
@@ -41,4 +43,7 @@ class TfidfLogreg:
             LogisticRegression(C=10, max_iter=1000),
         )
         pipeline.fit(train.texts, train.label_ids)
-        return TfidfPredictor(pipeline, len(train.labels))
+        logits, seen = pipeline.predict_log_proba(validation.texts), pipeline.classes_
+        known = np.isin(validation.label_ids, seen)
+        temperature = fit_temperature(logits[known], np.searchsorted(seen, validation.label_ids[known]))
+        return TfidfPredictor(pipeline, len(train.labels), temperature)
