@@ -1,6 +1,7 @@
 """What one method's answers are worth on some rows: the figures of `metrics.json`."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,8 @@ def score(predictions: Predictions, true_ids: NDArray[np.int64], labels: Sequenc
         confidence = confidences(probabilities, predicted_ids)
         figures["log_loss"] = log_loss(label_probabilities(probabilities, true_ids))
         figures["expected_calibration_error"] = expected_calibration_error(confidence, correct)
+    if predictions.spent is not None:
+        figures |= asdict(predictions.spent)
     if predictions.outcomes is not None:
         figures |= _parsing(np.array(predictions.outcomes, dtype=str), correct)
     return figures

@@ -18,18 +18,18 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from service.core.errors import AppError, OutOfMemory, RoundTripFailed
+from service.core.endpoints import Endpoint, endpoint_name
+from service.core.errors import AppError, EndpointUnavailable, OutOfMemory, RoundTripFailed
 from service.core.spec import JobSpec
 from service.ml.adapter import Adapter, load_adapter
 from service.ml.backbone import load_backbone
-from service.ml.base_models import Located
 from service.ml.dataset import TableFormat, UploadOptions, profile
 from service.ml.device import DTYPES, pick_device, serving_precision
 from service.ml.engine import Engine
@@ -44,12 +44,15 @@ from worker.methods.majority import Majority
 from worker.methods.prompts import PromptTemplate
 from worker.methods.protocol import OnProgress, Predictor, Rows
 from worker.methods.tfidf_logreg import TfidfLogreg
-from worker.methods.zero_shot import Prompted, PromptedModel, Similarity, draw_examples
+from worker.methods.zero_shot import Answerer, Prompted, PromptedModel, Similarity, draw_examples
 from worker.metrics import score
 from worker.predictions import Predictions
 from worker.prepare import Prepared, prepare
 from worker.progress import Reporter
 from worker.report import render
+
+if TYPE_CHECKING:
+    from worker.methods.remote import RemoteModel
 
 STOPPED = 75
 """Exit status of a child that was told to stop (EX_TEMPFAIL)."""
@@ -69,6 +72,7 @@ class JobFile:
         dataset: `id`, `name`, `sha256`, `n_rows` and `warnings`, for the figures and the report.
         job_id: For the figures.
         models_dir: Folder of allowed local base models.
+        endpoint: The `Endpoint` that the spec names, where it names one; the key is in the environment.
     """
 
     spec: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +80,7 @@ class JobFile:
     dataset: dict[str, Any] = field(default_factory=dict)
     job_id: str = "job_local"
     models_dir: str | None = None
+    endpoint: dict[str, Any] | None = None
 
 
 class Saveable(Protocol):
@@ -144,6 +149,28 @@ class Experiment:
         if self.spec.trains:
             backbone.attention_projections()  # raises where there is nothing to put LoRA on
         self.base = FrozenBase(Engine(backbone), self.spec.train.max_length)
+        self.remote = self._reach_endpoint()
+
+    def _reach_endpoint(self) -> "RemoteModel | None":
+        """The remote model that is to be prompted, asked once whether it answers. Raises EndpointUnavailable."""
+        name = endpoint_name(self.spec.baseline.prompt_model)
+        if name is None or not self.spec.runs_baselines or "zero_shot" not in self.spec.baseline.methods:
+            return None
+        if self.job.endpoint is None:
+            raise EndpointUnavailable(
+                f"This worker knows no endpoint {name!r}.",
+                hint="Give TUNEPROOF_PROMPT_ENDPOINTS to every API and worker process, then retry the job.",
+            )
+        try:
+            from worker.methods.remote import RemoteModel
+        except ImportError as error:
+            raise EndpointUnavailable(
+                "The worker lacks the packages for remote endpoints.", hint="pip install 'tuneproof[remote]'"
+            ) from error
+        endpoint = Endpoint.model_validate(self.job.endpoint)
+        remote = RemoteModel(endpoint, name, self.spec.seed, self.base.engine.backbone.tokenizer)
+        remote.check()
+        return remote
 
     def _baselines(self) -> None:
         methods = self.spec.baseline.methods
@@ -158,13 +185,14 @@ class Experiment:
                 fitted = EmbeddingLogreg(self.base).fit(self.train, self.validation, on_progress)
                 served = self._saved(name, fitted, self.folder / "models" / name, "fp32")
                 self._predict_all(name, served, on_progress)
+            elif self.remote is not None:
+                self._prompt(self.remote, on_progress)
             elif self.ready.prompt_model is not None:
-                self._prompt(self.ready.prompt_model, on_progress)
+                self._prompt(PromptedModel(self.ready.prompt_model, self.device), on_progress)
             else:
                 self._predict_all("zero_shot_similarity", Similarity(self.base, self.table.labels), on_progress)
 
-    def _prompt(self, source: Located, on_progress: OnProgress) -> None:
-        model = PromptedModel(source, self.device)
+    def _prompt(self, model: Answerer, on_progress: OnProgress) -> None:
         own = self.spec.baseline.prompt_template
         template = PromptTemplate() if own is None else PromptTemplate(user=own, version="own")
         texts = tuple(self.test.texts[i] for i in self.ready.subset)
@@ -173,11 +201,18 @@ class Experiment:
         if self.spec.baseline.few_shot:
             examples = draw_examples(self.train, self.spec.baseline.few_shot, self.spec.seed)
             prompted["few_shot_prompt"] = Prompted(model, template, self.table.labels, examples, longest)
-        shown: dict[str, Any] = {"prompt_model": source.base.name, "revision": source.revision}
-        shown["template_version"] = template.version
+        shown: dict[str, Any] = model.facts | {"template_version": template.version}
         for name, method in prompted.items():
-            self.answers[name] = {"baseline_subset": method.predict(texts, on_progress)}
             shown[name] = dict(zip(("system", "user"), method.messages(texts[0]), strict=True))
+            try:
+                self.answers[name] = {"baseline_subset": method.predict(texts, on_progress)}
+            except EndpointUnavailable as error:
+                if not self.answers and not self.spec.trains and self.spec.baseline.methods[-1] == "zero_shot":
+                    raise  # there is nothing else to judge
+                self._say(f"{name} is left out. {error.detail} {error.hint}", "warning")
+            finally:
+                if self.remote is not None:
+                    self._say(f"{name}: {self.remote.account()}", "info")
         write_json(self.out / "prompt.json", shown)
 
     def _fine_tune(self) -> None:

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from service.ml.labels import LabelSet
 from worker.methods.frozen import FrozenBase
 from worker.methods.prompts import PromptTemplate, parse_answer
 from worker.methods.protocol import OnProgress, Rows, silent
-from worker.predictions import NO_ANSWER, Predictions
+from worker.predictions import NO_ANSWER, Predictions, Spent
 
 # Stand for the messages while the chat template is written around them.
 _PLACES = ("[[the system message]]", "[[the user message]]")
@@ -38,6 +38,22 @@ class Similarity:
         states = self.base.states(tuple(texts), on_progress)["pooled"]
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
         return Predictions((states @ label_states.T).argmax(1), seconds_per_row=seconds)
+
+
+class Answerer(Protocol):
+    """A generative model, on this machine or another."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which model it is, for prompt.json."""
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The text's first `max_tokens` tokens: a prompt is to read no more of it than the other methods do."""
+
+    def answer(
+        self, prompts: Sequence[tuple[str, str]], labels: LabelSet, on_progress: OnProgress
+    ) -> tuple[list[str], Spent | None]:
+        """Generated texts for N prompts, each a system and a user message, and what they took elsewhere."""
 
 
 class PromptedModel:
@@ -67,6 +83,7 @@ class PromptedModel:
         self.model = model.to(device).eval()
         self.device = device
         self.name = source.base.name
+        self.facts = {"prompt_model": source.base.name, "revision": source.revision}
 
     def encode_prompt(self, system: str, user: str) -> list[int]:
         """Ids of one prompt: through the model's chat template where it has one, with no EOS at the end.
@@ -105,9 +122,14 @@ class PromptedModel:
         return prompt
 
     def cut(self, text: str, max_tokens: int) -> str:
-        """The text's first `max_tokens` tokens: a prompt is to read no more of it than the other methods do."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         return text if len(ids) <= max_tokens else str(self.tokenizer.decode(ids[:max_tokens]))
+
+    def answer(
+        self, prompts: Sequence[tuple[str, str]], labels: LabelSet, on_progress: OnProgress
+    ) -> tuple[list[str], None]:
+        ids = [self.encode_prompt(system, user) for system, user in prompts]
+        return self.generate(ids, self.label_tokens(labels), on_progress), None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int, on_progress: OnProgress) -> list[str]:
@@ -142,7 +164,7 @@ class PromptedModel:
 class Prompted:
     """Zero-shot prompting, or few-shot with examples from the train rows."""
 
-    model: PromptedModel
+    model: Answerer
     template: PromptTemplate
     labels: LabelSet
     examples: tuple[tuple[str, str], ...] = ()
@@ -156,13 +178,12 @@ class Prompted:
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
-        prompts = [self.model.encode_prompt(*self.messages(text)) for text in texts]
-        raw = self.model.generate(prompts, self.model.label_tokens(self.labels), on_progress)
+        raw, spent = self.model.answer([self.messages(text) for text in texts], self.labels, on_progress)
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
         parsed = [parse_answer(answer, self.labels.names) for answer in raw]
         ids = [NO_ANSWER if answer.label is None else self.labels.id_of(answer.label) for answer in parsed]
         outcomes = tuple(answer.outcome for answer in parsed)
-        return Predictions(np.array(ids, dtype=np.int64), None, tuple(raw), outcomes, seconds)
+        return Predictions(np.array(ids, dtype=np.int64), None, tuple(raw), outcomes, seconds, spent)
 
 
 def draw_examples(train: Rows, n: int, seed: int) -> tuple[tuple[str, str], ...]:
