@@ -17,7 +17,8 @@ WORKDIR /app
 # The packages first: a layer of gigabytes that a change of our own code leaves alone.
 COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*project['dependencies'], *project['optional-dependencies']['server'], sep='\n')" > requirements.txt \
+extras = project['optional-dependencies']; \
+print(*project['dependencies'], *extras['server'], *extras['remote'], sep='\n')" > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
 COPY README.md LICENSE ./
@@ -26,7 +27,7 @@ COPY service service
 COPY worker worker
 COPY migrations migrations
 COPY examples examples
-RUN pip install --no-deps --constraint constraints.txt '.[server]'
+RUN pip install --no-deps --constraint constraints.txt '.[server,remote]'
 
 WORKDIR /home/tuneproof
 USER tuneproof

@@ -15,8 +15,8 @@ help: ## List the targets
 
 setup: $(INSTALLED) ## Make .venv and install everything, pinned; TORCH_INDEX=URL takes torch from there
 
-demo: setup ## From a CSV to a verdict and predictions, then stop; FILE=your.csv for your own
-	@$(BIN)/tuneproof demo $(if $(FILE),'$(FILE)')
+demo: setup ## From a CSV to a verdict and predictions, then stop; FILE=your.csv for your own, PROMPT=model to prompt one
+	@$(BIN)/tuneproof demo $(if $(FILE),'$(FILE)') $(if $(PROMPT),--prompt '$(PROMPT)')
 
 run: setup ## Start the API and one worker on what is in ./data
 	@$(BIN)/tuneproof up

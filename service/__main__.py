@@ -1,4 +1,4 @@
-"""`python -P -m service serve | migrate | keys`: what the `tuneproof` command starts."""
+"""`python -P -m service serve | migrate | keys | pull`: what the `tuneproof` command starts."""
 
 import argparse
 import logging
@@ -8,9 +8,10 @@ from datetime import timedelta
 
 from service.core.clock import utc_now
 from service.core.errors import AppError
-from service.core.settings import Settings
+from service.core.settings import read_settings
 from service.db import catalog
 from service.db.engine import Database, alembic_config, migrate
+from service.ml.base_models import find_base, pull
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status: int = given.run(given)
     except AppError as error:
-        print(error.detail, file=sys.stderr)  # noqa: T201
+        print(*filter(None, (error.detail, error.hint)), sep="\n", file=sys.stderr)  # noqa: T201
         return 2
     except RuntimeError as error:
         print(error, file=sys.stderr)  # noqa: T201
@@ -34,7 +35,7 @@ def serve(given: argparse.Namespace) -> int:
     from service.main import create_app
 
     asked = {name: value for name, value in (("host", given.host), ("port", given.port)) if value is not None}
-    settings = Settings(**asked)
+    settings = read_settings(**asked)
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -72,7 +73,7 @@ def migrate_database(given: argparse.Namespace) -> int:
                 print(error, file=sys.stderr)  # noqa: T201
                 return 1
         return 0
-    migrate(Settings().resolved_database_url)
+    migrate(read_settings().resolved_database_url)
     return 0
 
 
@@ -100,8 +101,17 @@ def revoke_key(given: argparse.Namespace) -> int:
     return 0
 
 
+def pull_model(given: argparse.Namespace) -> int:
+    """Fetches a base model into the hub's cache, with a progress bar, and checks what came."""
+    base = find_base(given.name, read_settings().models_dir)
+    located = pull(base)
+    where = f"{base.repo} at {base.revision[:12]}, hashes verified" if base.repo else "needs no download"
+    print(f"{base.name}: {where}; {located.size_bytes / 1e9:.2f} GB in {located.folder}")  # noqa: T201
+    return 0
+
+
 def _database() -> Database:
-    url = Settings().resolved_database_url
+    url = read_settings().resolved_database_url
     migrate(url)
     return Database(url)
 
@@ -128,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = keys.add_parser("revoke")
     verb.add_argument("key_id")
     verb.set_defaults(run=revoke_key)
+    verb = verbs.add_parser("pull")
+    verb.add_argument("name")
+    verb.set_defaults(run=pull_model)
     return parser
 
 

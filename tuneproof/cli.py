@@ -56,6 +56,8 @@ app = typer.Typer(
 )
 keys = typer.Typer(no_args_is_help=True, help="API keys of the server in this data folder.")
 app.add_typer(keys, name="keys")
+models = typer.Typer(cls=TyperGroup)
+app.add_typer(models, name="models")
 
 Url = Annotated[str, typer.Option(envvar="TUNEPROOF_URL", help="Where the server answers.")]
 ApiKey = Annotated[
@@ -130,6 +132,9 @@ def demo(
     data_dir: Annotated[Path, typer.Option(envvar="TUNEPROOF_DATA_DIR", help="Folder for what it makes.")] = Path(
         "data"
     ),
+    prompt: Annotated[
+        str | None, typer.Option(help="Model to prompt: remote:NAME, or one on the allow-list such as qwen3-0.6b.")
+    ] = None,
     api_key: ApiKey = None,
 ) -> None:
     """From a CSV to predictions in one go: starts everything, shows the verdict, asks /predict, and stops."""
@@ -137,7 +142,7 @@ def demo(
 
     require_server()
     try:
-        run_demo(file, data_dir, api_key)
+        run_demo(file, data_dir, api_key, prompt)
     except DemoFailed as error:
         err.print(f"Error: {error}")
         raise typer.Exit(FAILED) from error
@@ -220,9 +225,11 @@ def predict(
                 typer.echo(f"{prediction['label'] or ''}\t{prediction['confidence']:.3f}\t{' '.join(text.split())}")
 
 
-@app.command()
-def models(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """List the published models, newest first."""
+@models.callback(invoke_without_command=True)
+def list_models(ctx: typer.Context, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """List the published models, newest first; `pull` fetches a base model."""
+    if ctx.invoked_subcommand is not None:
+        return
     with Client(url, api_key) as client:
         published = list(client.models())
     if as_json:
@@ -234,6 +241,12 @@ def models(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = No
         name = " ".join([model["name"], f"v{model['version']}", *(f"({alias})" for alias in model["aliases"])])
         table.add_row(model["id"], model["method"], score(model["metrics"].get("accuracy")), Text(name))
     out.print(table, soft_wrap=True)  # an id that is cut cannot be copied
+
+
+@models.command("pull")
+def pull_model(name: Annotated[str, typer.Argument(help="A base model of the allow-list.")] = "qwen3-0.6b") -> None:
+    """Fetch a base model's pinned revision from its hub into this machine's cache, and verify its hashes."""
+    become("service", "pull", name)
 
 
 def show_progress(jobs: Iterable[Job]) -> Job:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shlex
 import socket
 import subprocess
 import sys
@@ -36,7 +35,7 @@ NEW_TEXTS = [
 ]
 KEPT = ("report.html", "metrics.json", "predictions.csv", "split.csv", "manifest.json")
 PROMPT_METHODS = {"zero_shot_prompt", "few_shot_prompt"}
-PROMPT_SPEC = {"baseline": {"prompt_model": "qwen3-0.6b"}}
+PROMPT_DEFAULT = "qwen3-0.6b"
 READY_WITHIN_SECONDS = 120.0
 
 
@@ -44,7 +43,7 @@ class DemoFailed(Exception):
     """The demo could not show everything that it is there to show."""
 
 
-def run_demo(file: Path | None, data_dir: Path, api_key: str | None) -> None:
+def run_demo(file: Path | None, data_dir: Path, api_key: str | None, prompt: str | None = None) -> None:
     """Start API and worker on a free port, go through the demo, and leave no process behind.
 
     Raises:
@@ -65,8 +64,10 @@ def run_demo(file: Path | None, data_dir: Path, api_key: str | None) -> None:
             running(commands, log_folder=logs, environment={"TUNEPROOF_DATA_DIR": str(data_dir)}) as processes,
             Client(f"http://127.0.0.1:{port}", api_key) as client,
         ):
-            go_through(client, path, data_dir, lambda: check_alive(processes), own_file=file is not None)
-    except (DemoFailed, TuneproofError):
+            go_through(client, path, data_dir, lambda: check_alive(processes), own_file=file is not None, prompt=prompt)
+    except (DemoFailed, TuneproofError) as error:
+        if isinstance(error, TuneproofError) and error.status == 422:
+            raise  # what was asked for is at fault, and no process
         for log in (logs / f"{name}.log" for name in commands):
             lines = log.read_text("utf-8", "replace").splitlines()[-15:]
             err.print("\n".join([f"--- the end of {shown_path(log)}", *lines]))
@@ -74,14 +75,16 @@ def run_demo(file: Path | None, data_dir: Path, api_key: str | None) -> None:
     out.print(f"\nAll of it stays in {shown_path(data_dir)}; `make run` (or `tuneproof up`) opens it at {DEFAULT_URL}.")
 
 
-def go_through(client: Client, path: Path, data_dir: Path, check: Callable[[], None], *, own_file: bool) -> None:
+def go_through(
+    client: Client, path: Path, data_dir: Path, check: Callable[[], None], *, own_file: bool, prompt: str | None = None
+) -> None:
     """The demo itself, against a server that is starting; `check` raises where waiting on makes no sense.
 
     Of a user's own file, texts of its test part are put to /predict.
     """
     wait_until_ready(client, check)
     out.print(f"One call of POST {client.url}/jobs with {shown_path(path)}:")
-    job = show_progress(checked(client.watch(submit(client, path)["id"]), check))
+    job = show_progress(checked(client.watch(submit(client, path, prompt)["id"]), check))
     if job["status"] != "succeeded":
         show_result(job)
         raise DemoFailed(f"The job ended as {job['status']}.")
@@ -99,13 +102,14 @@ def go_through(client: Client, path: Path, data_dir: Path, check: Callable[[], N
     out.print(f"\nThe report is {shown_path(folder / 'report.html')} (GET /jobs/{job['id']}/report).")
     others = ", ".join(name for name in kept if name != "report.html")
     out.print(f"Beside it lie {others} (GET /jobs/{job['id']}/artifacts/…).")
-    if not PROMPT_METHODS & set((job["summary"] or {})["methods"]):
-        say_how_to_prompt(path)
+    if prompt is None and not PROMPT_METHODS & set((job["summary"] or {})["methods"]):
+        say_how_to_prompt()
 
 
-def submit(client: Client, path: Path) -> Job:
+def submit(client: Client, path: Path, prompt: str | None) -> Job:
+    asked = {"baseline": {"prompt_model": prompt}} if prompt else {}
     try:
-        return client.submit(path, {"name": path.stem})
+        return client.submit(path, {"name": path.stem, **asked})
     except TuneproofError as error:
         if error.status not in (401, 403):
             raise
@@ -160,12 +164,11 @@ def ask(client: Client, job: Job, texts: list[str]) -> None:
     out.print(table, soft_wrap=False)
 
 
-def say_how_to_prompt(path: Path) -> None:
+def say_how_to_prompt() -> None:
     out.print(
         "\nNo generative model was at hand, so the zero-shot line above is a similarity of text and label name. "
-        "With `make run` in another terminal, this adds the prompt baseline (the model comes from its hub; "
-        "a causal model in a folder of TUNEPROOF_MODELS_DIR does as well, by the folder's name):\n"
-        f"  {command_name()} submit {shlex.quote(shown_path(path))} --watch --spec '{json.dumps(PROMPT_SPEC)}'"
+        f"For the prompt baseline: {command_name()} models pull {PROMPT_DEFAULT}, then the demo again; or name a "
+        "configured endpoint: make demo PROMPT=remote:NAME."
     )
 
 

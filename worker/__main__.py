@@ -4,13 +4,17 @@ import logging
 import signal
 import sys
 
-from service.core.settings import Settings
+from service.core.settings import read_settings
 from service.db.engine import migrate
 from worker.supervisor import Supervisor
 
 
 def main() -> int:
-    settings = Settings()
+    try:
+        settings = read_settings()
+    except RuntimeError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return 2
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )

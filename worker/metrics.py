@@ -1,6 +1,7 @@
 """What one method's answers are worth on some rows: the figures of `metrics.json`."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,8 @@ def score(predictions: Predictions, true_ids: NDArray[np.int64], labels: Sequenc
                 f"{name}_uncalibrated": uncalibrated[name] for name in ("log_loss", "expected_calibration_error")
             }
             figures["temperature"] = temperature
+    if predictions.spent is not None:
+        figures |= asdict(predictions.spent)
     if predictions.outcomes is not None:
         figures |= _parsing(np.array(predictions.outcomes, dtype=str), correct)
     return figures

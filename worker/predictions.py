@@ -14,6 +14,25 @@ Outcome = Literal["valid", "invalid", "ambiguous", "empty"]
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a remote model's answers took.
+
+    Args:
+        prompt_tokens: As the endpoint counts them; null, as the next two are, where it left one answer uncounted.
+        completion_tokens: Of the answers.
+        cost: At the endpoint's prices, in their currency.
+        latency_p50_seconds: From asking to the answer, retries included: the median.
+        latency_p95_seconds: One in twenty took longer.
+    """
+
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cost: float | None
+    latency_p50_seconds: float
+    latency_p95_seconds: float
+
+
+@dataclass(frozen=True)
 class Predictions:
     """One method's answers for N rows and K labels.
 
@@ -24,6 +43,7 @@ class Predictions:
         outcomes: N outcomes of parsing `raw`; None where nothing is generated.
         seconds_per_row: Wall time of predicting, per row.
         temperature: The one fitted on validation rows, under which the probabilities are; None where none was.
+        spent: What it took where another machine did the work.
     """
 
     label_ids: NDArray[np.int64]
@@ -32,6 +52,7 @@ class Predictions:
     outcomes: tuple[Outcome, ...] | None = None
     seconds_per_row: float = 0.0
     temperature: float | None = None
+    spent: Spent | None = None
 
     @classmethod
     def of_logits(cls, logits: NDArray[np.floating], temperature: float, seconds_per_row: float) -> "Predictions":

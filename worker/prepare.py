@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
+from service.core.endpoints import endpoint_name
 from service.core.errors import InvalidData, ModelUnavailable
 from service.core.spec import JobSpec
 from service.ml.base_models import EMBEDDED, GPU_DEFAULT, PROMPT_DEFAULT, Located, find_base, locate
@@ -31,7 +32,7 @@ class Prepared:
     Args:
         spec: With no `auto` left, but for `gradient_checkpointing`, which the first batches decide.
         base: The base model.
-        prompt_model: The model to prompt; None where none is wanted or at hand.
+        prompt_model: The model to prompt on this machine; None where none is wanted or at hand.
         table: The usable rows.
         split: Their parts.
         split_algorithm: How they were dealt out.
@@ -99,6 +100,8 @@ def _find_prompt_model(
 ) -> Located | None:
     """The one named, the base itself if it generates, else the default one where it is at hand."""
     name = spec.baseline.prompt_model
+    if endpoint_name(name) is not None:
+        return None
     if name != "auto":
         source = locate(find_base(name, models_dir))
         if not source.base.generative:
@@ -113,9 +116,8 @@ def _find_prompt_model(
         return locate(find_base(PROMPT_DEFAULT, models_dir), download=device.type == "cuda")
     except ModelUnavailable:
         say(
-            "No generative model is at hand, so zero_shot is the similarity of text and label name. To prompt a model, "
-            f"name one in baseline.prompt_model: {PROMPT_DEFAULT!r} is fetched where a hub can be reached, and a "
-            "folder in TUNEPROOF_MODELS_DIR needs no network.",
+            "No generative model is at hand, so zero_shot is the similarity of text and label name. The prompt "
+            f"baseline needs one: tuneproof models pull {PROMPT_DEFAULT}",
             "info",
         )
         return None

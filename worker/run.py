@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
-from service.core.errors import AppError, OutOfMemory
+from service.core.endpoints import Endpoint, endpoint_name
+from service.core.errors import AppError, EndpointUnavailable, OutOfMemory
 from service.core.spec import JobSpec
 from service.ml.backbone import load_backbone
-from service.ml.base_models import Located
 from service.ml.dataset import TableFormat, UploadOptions, profile
 from service.ml.device import DTYPES, pick_device, serving_precision
 from service.ml.engine import Engine
@@ -43,7 +43,7 @@ from worker.methods.majority import Majority
 from worker.methods.prompts import USER_V1, PromptTemplate
 from worker.methods.protocol import OnProgress, Predictor, Rows, silent
 from worker.methods.tfidf_logreg import TfidfLogreg
-from worker.methods.zero_shot import Prompted, PromptedModel, Similarity, draw_examples
+from worker.methods.zero_shot import Answerer, Prompted, PromptedModel, Similarity, draw_examples
 from worker.metrics import score
 from worker.predictions import Predictions
 from worker.prepare import Prepared, prepare
@@ -51,6 +51,9 @@ from worker.progress import Reporter
 from worker.report import render
 from worker.saved import Saveable, Served, save_and_serve
 from worker.verdict import headline, recommend
+
+if TYPE_CHECKING:
+    from worker.methods.remote import RemoteModel
 
 STOPPED = 75
 """Exit status of a child that was told to stop (EX_TEMPFAIL)."""
@@ -66,6 +69,7 @@ class JobFile:
         dataset: `id`, `name`, `sha256`, `n_rows` and `warnings`, for the figures and the report.
         job_id: For the figures.
         models_dir: Folder of allowed local base models.
+        endpoint: The `Endpoint` that the spec names, where it names one; the key is in the environment.
     """
 
     spec: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +77,7 @@ class JobFile:
     dataset: dict[str, Any] = field(default_factory=dict)
     job_id: str = "job_local"
     models_dir: str | None = None
+    endpoint: dict[str, Any] | None = None
 
 
 class Experiment:
@@ -127,6 +132,28 @@ class Experiment:
         if self.spec.trains:
             backbone.attention_projections()  # raises where there is nothing to put LoRA on
         self.base = FrozenBase(Engine(backbone), self.spec.train.max_length)
+        self.remote = self._reach_endpoint()
+
+    def _reach_endpoint(self) -> "RemoteModel | None":
+        """The remote model that is to be prompted, asked once whether it answers. Raises EndpointUnavailable."""
+        name = endpoint_name(self.spec.baseline.prompt_model)
+        if name is None or not self.spec.runs_baselines or "zero_shot" not in self.spec.baseline.methods:
+            return None
+        if self.job.endpoint is None:
+            raise EndpointUnavailable(
+                f"This worker knows no endpoint {name!r}.",
+                hint="Give TUNEPROOF_PROMPT_ENDPOINTS to every API and worker process, then retry the job.",
+            )
+        try:
+            from worker.methods.remote import RemoteModel
+        except ImportError as error:
+            raise EndpointUnavailable(
+                "The worker lacks the packages for remote endpoints.", hint="pip install 'tuneproof[remote]'"
+            ) from error
+        endpoint = Endpoint.model_validate(self.job.endpoint)
+        remote = RemoteModel(endpoint, name, self.spec.seed, self.base.engine.backbone.tokenizer)
+        remote.check()
+        return remote
 
     def _baselines(self) -> None:
         methods = self.spec.baseline.methods
@@ -143,16 +170,18 @@ class Experiment:
                 served = self._saved(name, fitted, folder, "fp32", on_progress)
                 self._publish(name, folder)
                 self._predict_all(name, served, on_progress)
+            elif self.remote is not None:
+                self._prompt(self.remote, on_progress)
             elif self.ready.prompt_model is not None:
-                self._prompt(self.ready.prompt_model, on_progress)
+                model = PromptedModel(self.ready.prompt_model, self.device, self.spec.baseline.decoding)
+                self._prompt(model, on_progress)
             else:
                 described = self.spec.baseline.label_descriptions
                 similarity = Similarity(self.base, self.table.labels, described)
                 self._predict_all("zero_shot_similarity", similarity, on_progress)
 
-    def _prompt(self, source: Located, on_progress: OnProgress) -> None:
+    def _prompt(self, model: Answerer, on_progress: OnProgress) -> None:
         asked = self.spec.baseline
-        model = PromptedModel(source, self.device, asked.decoding)
         template = PromptTemplate(asked.prompt_template or USER_V1, descriptions=asked.label_descriptions)
         texts = tuple(self.test.texts[i] for i in self.ready.subset)
         longest = self.spec.train.max_length
@@ -163,8 +192,16 @@ class Experiment:
         shown: dict[str, Any] = {**model.facts, "template_version": template.version, "template": template.user}
         shown["label_descriptions"] = asked.label_descriptions
         for name, method in prompted.items():
-            self.answers[name] = {"baseline_subset": method.predict(texts, on_progress)}
             shown[name] = dict(zip(("system", "user"), method.messages(texts[0]), strict=True))
+            try:
+                self.answers[name] = {"baseline_subset": method.predict(texts, on_progress)}
+            except EndpointUnavailable as error:
+                if not self.answers and not self.spec.trains and self.spec.baseline.methods[-1] == "zero_shot":
+                    raise  # there is nothing else to judge
+                self._say(f"{name} is left out. {error.detail} {error.hint}", "warning")
+            finally:
+                if self.remote is not None:
+                    self._say(f"{name}: {self.remote.account()}", "info")
         write_json(self.out / "prompt.json", shown)
 
     def _fine_tune(self) -> None:

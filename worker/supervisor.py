@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from service.core.clock import Clock, utc_now
+from service.core.endpoints import endpoint_name
 from service.core.errors import LeaseLost
 from service.core.ids import new_id
 from service.core.settings import Settings
@@ -128,12 +129,15 @@ class Attempt:
         profile = dataset.profile
         known = {"id": dataset.id, "name": dataset.name, "sha256": dataset.sha256, "n_rows": profile["n_rows"]}
         models_dir = self.settings.models_dir
+        named = endpoint_name(self.claimed.spec["baseline"]["prompt_model"])
+        endpoint = None if named is None else self.settings.prompt_endpoints.get(named)
         job = {
             "job_id": self.lease.job_id,
             "spec": self.claimed.spec,
             "table": profile["format"],
             "dataset": known | {"warnings": profile["warnings"]},
             "models_dir": str(models_dir.absolute()) if models_dir else None,
+            "endpoint": endpoint.as_json() if endpoint else None,
         }
         (self.place / "job.json").write_text(json.dumps(job), encoding="utf-8")
 

@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from service.api.context import Context, Ctx, Limit, after, json_body, parse_json
 from service.api.datasets import UPLOAD_FIELDS, read_form, store, upload_form
 from service.api.schemas import ArtifactOut, EventOut, JobOut, Page, ProgressOut
+from service.core.endpoints import endpoint_name
 from service.core.errors import InvalidData, InvalidInput, NotFound
-from service.core.spec import JobSpec, Kind
+from service.core.spec import ENDPOINT_PREFIX, JobSpec, Kind
 from service.db import catalog, jobs
 from service.db.models import Artifact, Event, Job
 from service.ml.base_models import EMBEDDED, find_base
@@ -179,13 +180,26 @@ def _check(ctx: Context, spec: JobSpec) -> None:
         )
     models_dir = ctx.settings.models_dir
     base = find_base(EMBEDDED if spec.base_model == "auto" else spec.base_model, models_dir)
-    if spec.baseline.prompt_model != "auto":
+    if (endpoint := endpoint_name(spec.baseline.prompt_model)) is not None:
+        _refuse_unknown_endpoint(ctx, endpoint)
+    elif spec.baseline.prompt_model != "auto":
         find_base(spec.baseline.prompt_model, models_dir)
     if spec.train.max_length > base.max_length:
         hint = "" if spec.base_model != "auto" else " ('auto' may take it; name another base model to go beyond)"
         raise InvalidInput(
             f"train.max_length must be 8 to {base.max_length} for base model {base.name!r}{hint}.",
             errors=[{"loc": ["train", "max_length"], "message": f"expected 8 to {base.max_length}"}],
+        )
+
+
+def _refuse_unknown_endpoint(ctx: Context, name: str) -> None:
+    configured = ctx.settings.prompt_endpoints
+    if name not in configured:
+        known = ", ".join(f"'{ENDPOINT_PREFIX}{known}'" for known in configured)
+        raise InvalidInput(
+            f"baseline.prompt_model names a remote endpoint that is not configured. Configured are: {known or 'none'}. "
+            "The operator adds one in TUNEPROOF_PROMPT_ENDPOINTS.",
+            errors=[{"loc": ["baseline", "prompt_model"], "message": f"expected one of: {known or '(none)'}"}],
         )
 
 

@@ -44,6 +44,8 @@ STATUS: dict[type[AppError], int] = {
     errors.BaseLoading: 503,
     errors.BaseNotServed: 503,
     errors.ModelUnavailable: 503,
+    errors.EndpointUnavailable: 503,
+    errors.BudgetSpent: 503,
     errors.OutOfMemory: 503,
     errors.RoundTripFailed: 500,
     errors.ModelDamaged: 500,

@@ -192,6 +192,18 @@ class ModelUnavailable(AppError):
     code = "model_unavailable"
 
 
+class EndpointUnavailable(AppError):
+    """A remote model does not answer, refuses the key, or answers with something else than an answer."""
+
+    code = "endpoint_unavailable"
+
+
+class BudgetSpent(EndpointUnavailable):
+    """What a run may spend on a remote model is spent before every text was asked about."""
+
+    code = "budget_spent"
+
+
 class OutOfMemory(AppError):
     """The job does not fit into the device's memory."""
 

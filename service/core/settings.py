@@ -2,10 +2,12 @@
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from service.core.endpoints import Endpoint, EndpointName
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -14,7 +16,7 @@ GiB = 1 << 30
 class Settings(BaseSettings):
     """Built once where a process starts, then handed down. Nobody else reads the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="TUNEPROOF_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="TUNEPROOF_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     data_dir: Annotated[Path, Field(description="Folder of the database, the artifacts and the workers' scratch.")] = (
         Path("data")
@@ -25,6 +27,10 @@ class Settings(BaseSettings):
         Path | None,
         Field(description="Folder whose subfolders (`config.json` and safetensors) are allowed base models."),
     ] = None
+    prompt_endpoints: Annotated[
+        dict[EndpointName, Endpoint],
+        Field(description="Remote models that jobs may prompt, as JSON: `{NAME: {base_url, model, …}}`."),
+    ] = {}
     host: Annotated[str, Field(description="Address the API listens on; beyond loopback it needs a key.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="Port the API listens on; 0 takes a free one.")] = 8000
     bootstrap_key: Annotated[
@@ -92,3 +98,14 @@ class Settings(BaseSettings):
             return not ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return True
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings in force. Raises RuntimeError: names what is wrong with each, and none of their values."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
+    except SettingsError as error:
+        found = [f"{error}: expected JSON"]
+    raise RuntimeError("Settings (TUNEPROOF_* variables) that cannot work:\n  " + "\n  ".join(found))

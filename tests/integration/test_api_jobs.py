@@ -237,6 +237,19 @@ def test_a_template_without_its_places_is_422(client: TestClient) -> None:
     assert "{labels}" in body["errors"][0]["message"]
 
 
+def test_a_remote_model_is_one_that_the_operator_configured(start: Start) -> None:
+    endpoint = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    client = start(prompt_endpoints={"ollama": endpoint, "vllm": endpoint})
+    taken = post(client, baseline={"prompt_model": "remote:ollama"})
+    assert taken.status_code == 202
+    assert taken.json()["spec"]["baseline"]["prompt_model"] == "remote:ollama"
+    assert "127.0.0.1:9" not in taken.text
+    for name in ("remote:gone", "remote:", "remote:OLLAMA"):
+        body = problem_of(post(client, baseline={"prompt_model": name}), 422, "invalid_input")
+        assert "'remote:ollama', 'remote:vllm'" in body["detail"]
+        assert body["errors"][0]["loc"] == ["baseline", "prompt_model"]
+
+
 @pytest.mark.parametrize("field", ["base_model", "baseline.prompt_model"])
 @pytest.mark.parametrize("name", ["gpt-4", "../minilm", "codefuse-ai/F2LLM-0.6B", "MINILM", "file:///etc", "a\u0000b"])
 def test_a_base_model_off_the_list_is_422_and_the_list_is_told(client: TestClient, field: str, name: str) -> None:

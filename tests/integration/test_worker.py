@@ -187,7 +187,28 @@ def test_a_child_finds_the_dataset_and_the_job_in_its_folder(bench: Bench) -> No
     assert seen["job"]["spec"] == bench.job.spec
     assert seen["job"]["dataset"]["id"] == bench.dataset_id
     assert seen["job"]["table"]["text_column"] == "text"
-    assert set(seen["job"]) == {"job_id", "spec", "table", "dataset", "models_dir"}
+    assert set(seen["job"]) == {"job_id", "spec", "table", "dataset", "models_dir", "endpoint"}
+    assert seen["job"]["endpoint"] is None
+
+
+def test_a_child_is_told_the_endpoint_its_job_names_and_no_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAMED_KEY", "sk-hidden")
+    endpoints = {
+        name: {"base_url": f"http://{name}.local/v1", "model": name, "api_key_env": "NAMED_KEY"}
+        for name in ("named", "other")
+    }
+    bench.supervisor.settings = Settings(data_dir=bench.folder, prompt_endpoints=endpoints)
+    with bench.db.write() as session:
+        job = jobs.get(session, bench.job_id)
+        job.spec = job.spec | {"baseline": job.spec["baseline"] | {"prompt_model": "remote:named"}}
+    seen: list[str] = []
+    bench.attempt(lambda child: seen.append((child.folder / "job.json").read_text()), status=1)
+    assert json.loads(seen[0])["endpoint"]["base_url"] == "http://named.local/v1"
+    assert json.loads(seen[0])["endpoint"]["api_key_env"] == "NAMED_KEY"
+    assert "sk-hidden" not in seen[0]
+    assert "other" not in seen[0]
+    assert bench.job.spec["baseline"]["prompt_model"] == "remote:named"
+    assert "named.local" not in json.dumps(bench.job.spec)
 
 
 def test_what_a_child_says_is_seen_while_it_runs(bench: Bench) -> None:

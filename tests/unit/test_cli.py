@@ -358,6 +358,8 @@ def test_models_lists_name_version_and_aliases(server: FakeServer) -> None:
         ),
         (["keys", "list"], ["service", "keys", "list"]),
         (["keys", "revoke", "key_1"], ["service", "keys", "revoke", "key_1"]),
+        (["models", "pull", "f2llm-0.6b"], ["service", "pull", "f2llm-0.6b"]),
+        (["models", "pull"], ["service", "pull", "qwen3-0.6b"]),
     ],
 )
 def test_the_servers_parts_take_this_processs_place(
@@ -450,10 +452,10 @@ def test_killed_outright_it_leaves_no_orphans() -> None:
 
 
 # The demo -----------------------------------------------------------------------------------------------
-def go_through(server: FakeServer, tmp_path: Path, *, own_file: bool = False) -> None:
+def go_through(server: FakeServer, tmp_path: Path, **given: Any) -> None:
     path = tmp_path / "my tickets.csv"
     path.write_text("text,label\n")
-    demo.go_through(server.client(), path, tmp_path, lambda: None, own_file=own_file)
+    demo.go_through(server.client(), path, tmp_path, lambda: None, **{"own_file": False, **given})
 
 
 @pytest.fixture
@@ -505,9 +507,34 @@ def test_without_a_generative_model_it_says_similarity_and_names_the_command_for
     shown = capsys.readouterr().out
     assert "similarity" in shown
     assert "prompting" not in shown.lower()
-    command = shown.splitlines()[-1]
-    assert "my tickets.csv' --watch --spec '" in command
-    assert json.loads(command.split("--spec ")[1].strip("'")) == {"baseline": {"prompt_model": "qwen3-0.6b"}}
+    assert "models pull qwen3-0.6b" in shown
+
+
+def test_the_demo_prompts_the_model_it_is_told_to(
+    demo_server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go_through(demo_server, tmp_path, prompt="remote:ollama")
+    (submitted,) = [request for request in demo_server.requests if request.url.path == "/jobs"]
+    assert '{"name": "my tickets", "baseline": {"prompt_model": "remote:ollama"}}' in submitted.content.decode()
+    assert "models pull" not in capsys.readouterr().out
+
+
+def test_a_demo_told_to_prompt_an_unknown_model_says_what_the_server_said_and_shows_no_logs(
+    demo_server: FakeServer, monkeypatch: pytest.MonkeyPatch, tickets: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "Client", demo_server.client)
+    monkeypatch.setattr(demo, "server_command", lambda *words: [sys.executable, "-c", "input()"])
+    monkeypatch.setattr(demo, "check_alive", lambda processes: None)
+    demo_server.answers["POST /jobs"] = problem(422, detail="Configured are: 'remote:ollama'.")
+    result = tuneproof_command("demo", str(tickets), "--data-dir", str(tmp_path / "data"), "--prompt", "remote:x")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: Configured are: 'remote:ollama'.\n"
+
+
+def test_make_demo_passes_the_model_on() -> None:
+    root = Path(__file__).parents[2]
+    shown = subprocess.check_output(["make", "--dry-run", "--directory", root, "demo", "PROMPT=remote:x"], text=True)
+    assert "demo  --prompt 'remote:x'" in shown
 
 
 def test_of_a_users_own_file_unseen_rows_are_asked_about(demo_server: FakeServer, tmp_path: Path) -> None:

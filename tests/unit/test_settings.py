@@ -1,14 +1,17 @@
 """The settings: told completely in the README, refused where they cannot work, read from the environment alone."""
 
+import importlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from service.core.settings import Settings
+from service.core.settings import Settings, read_settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -31,6 +34,8 @@ def test_every_setting_is_described() -> None:
 
 def test_nobody_else_reads_settings_from_the_environment() -> None:
     for file in [*(ROOT / "service").rglob("*.py"), *(ROOT / "worker").rglob("*.py")]:
+        if file.name == "endpoints.py":
+            continue  # an endpoint's key, from the variable that its setting names
         text = file.read_text("utf-8")
         assert not re.search(r"getenv|environ(\[|\.get)", text), file
 
@@ -85,3 +90,52 @@ def test_a_queue_that_could_never_hold_an_allowed_text_is_refused() -> None:
 )  # fmt: skip
 def test_only_loopback_is_loopback(host: str, beyond: bool) -> None:
     assert Settings(host=host).listens_beyond_loopback is beyond
+
+
+# Remote endpoints -----------------------------------------------------------------------------------------
+ENDPOINT = {"base_url": "http://127.0.0.1:11434/v1", "model": "qwen3:0.6b"}
+
+
+def test_endpoints_are_read_from_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().prompt_endpoints == {}
+    monkeypatch.setenv("TUNEPROOF_PROMPT_ENDPOINTS", json.dumps({"ollama": ENDPOINT | {"api_key_env": "MY_KEY"}}))
+    endpoint = read_settings().prompt_endpoints["ollama"]
+    assert (str(endpoint.base_url), endpoint.model) == (ENDPOINT["base_url"], ENDPOINT["model"])
+    assert endpoint.host == "127.0.0.1:11434"
+    assert endpoint.api_key() is None
+    monkeypatch.setenv("MY_KEY", "sk-hidden")
+    assert endpoint.api_key().get_secret_value() == "sk-hidden"  # type: ignore[union-attr]
+    assert "sk-hidden" not in repr(endpoint) + json.dumps(endpoint.as_json())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("{", "prompt_endpoints"),
+        ("", "prompt_endpoints"),
+        ('["a"]', "prompt_endpoints"),
+        ({"Upper": ENDPOINT}, "prompt_endpoints.Upper"),
+        ({"a/b": ENDPOINT}, "prompt_endpoints.a/b"),
+        ({"a": {}}, "prompt_endpoints.a.base_url"),
+        ({"a": ENDPOINT | {"base_url": "ftp://host/"}}, "prompt_endpoints.a.base_url"),
+        ({"a": ENDPOINT | {"base_url": "http://me:sk-hidden@host/v1"}}, "api_key_env"),
+        ({"a": ENDPOINT | {"base_url": "http://host/v1?key=sk-hidden"}}, "api_key_env"),
+        ({"a": ENDPOINT | {"api_key": "sk-hidden"}}, "prompt_endpoints.a.api_key"),
+        ({"a": ENDPOINT | {"api_key_env": "sk-hidden"}}, "prompt_endpoints.a.api_key_env"),
+        ({"a": ENDPOINT | {"model": ""}}, "prompt_endpoints.a.model"),
+        ({"a": ENDPOINT | {"max_concurrency": 0}}, "prompt_endpoints.a.max_concurrency"),
+        ({"a": ENDPOINT | {"timeout_seconds": 0}}, "prompt_endpoints.a.timeout_seconds"),
+        ({"a": ENDPOINT | {"input_price_per_million": -1}}, "prompt_endpoints.a.input_price_per_million"),
+        ({"a": ENDPOINT | {"budget_cost": 5}}, "budget_cost needs"),
+    ],
+)
+@pytest.mark.parametrize("module", ["service.__main__", "worker.__main__"])
+def test_endpoints_that_cannot_work_are_told_at_start_without_what_was_in_them(
+    module: str, given: Any, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNEPROOF_PROMPT_ENDPOINTS", given if isinstance(given, str) else json.dumps(given))
+    main = importlib.import_module(module).main
+    assert (main(["keys", "list"]) if module.startswith("service") else main()) == 2
+    told = capsys.readouterr().err
+    assert named in told
+    assert "sk-hidden" not in told

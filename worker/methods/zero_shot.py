@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from worker.methods.frozen import FrozenBase
 from worker.methods.label_trie import LabelTrie
 from worker.methods.prompts import PromptTemplate, described, parse_answer
 from worker.methods.protocol import OnProgress, Rows, silent
-from worker.predictions import NO_ANSWER, Predictions
+from worker.predictions import NO_ANSWER, Predictions, Spent
 
 # Stand for the messages while the chat template is written around them.
 _PLACES = ("[[the system message]]", "[[the user message]]")
@@ -42,6 +42,22 @@ class Similarity:
         states = self.base.states(tuple(texts), on_progress)["pooled"]
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
         return Predictions((states @ label_states.T).argmax(1), seconds_per_row=seconds)
+
+
+class Answerer(Protocol):
+    """A generative model, on this machine or another."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which model it is, for prompt.json."""
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The text's first `max_tokens` tokens: a prompt is to read no more of it than the other methods do."""
+
+    def answer(
+        self, prompts: Sequence[tuple[str, str]], labels: Sequence[str], on_progress: OnProgress
+    ) -> tuple[list[str], Spent | None]:
+        """Generated texts for N prompts, each a system and a user message, and what they took elsewhere."""
 
 
 class PromptedModel:
@@ -112,14 +128,12 @@ class PromptedModel:
         return prompt
 
     def cut(self, text: str, max_tokens: int) -> str:
-        """The text's first `max_tokens` tokens: a prompt is to read no more of it than the other methods do."""
         ids = self._text_ids(text)
         return text if len(ids) <= max_tokens else str(self.tokenizer.decode(ids[:max_tokens]))
 
     def answer(
         self, prompts: Sequence[tuple[str, str]], labels: Sequence[str], on_progress: OnProgress
     ) -> tuple[list[str], None]:
-        """Generated texts for N prompts, each a system and a user message."""
         ids, n = [self.encode_prompt(system, user) for system, user in prompts], len(prompts)
 
         def done(finished: int) -> None:
@@ -163,7 +177,7 @@ class PromptedModel:
 class Prompted:
     """Zero-shot prompting, or few-shot with examples from the train rows."""
 
-    model: PromptedModel
+    model: Answerer
     template: PromptTemplate
     labels: LabelSet
     examples: tuple[tuple[str, str], ...] = ()
@@ -177,12 +191,12 @@ class Prompted:
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
-        raw, _ = self.model.answer([self.messages(text) for text in texts], self.labels.names, on_progress)
+        raw, spent = self.model.answer([self.messages(text) for text in texts], self.labels.names, on_progress)
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
         parsed = [parse_answer(answer, self.labels.names) for answer in raw]
         ids = [NO_ANSWER if answer.label is None else self.labels.id_of(answer.label) for answer in parsed]
         outcomes = tuple(answer.outcome for answer in parsed)
-        return Predictions(np.array(ids, dtype=np.int64), None, tuple(raw), outcomes, seconds)
+        return Predictions(np.array(ids, dtype=np.int64), None, tuple(raw), outcomes, seconds, spent=spent)
 
 
 def draw_examples(train: Rows, n: int, seed: int) -> tuple[tuple[str, str], ...]:
