@@ -213,7 +213,7 @@ def test_prompted_answers_equal_stock_generate_one_row_at_a_time(name, chat, tin
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_models / name)
     stock = AutoModelForCausalLM.from_pretrained(tiny_models / name, dtype=torch.float32).eval()
-    n_tokens = model.label_tokens(LABELS)
+    n_tokens = model.label_tokens(LABELS.names)
     for i, text in enumerate(texts):
         system, user = prompted.messages(text)
         if chat:

@@ -59,7 +59,7 @@ def remote(server: ChatServer, tokenizer: Any = None, **given: Any) -> RemoteMod
 
 
 def ask(model: RemoteModel, n: int = 12, on_progress: Any = lambda *_: None) -> list[str]:
-    return model.answer([("system", f"text {i}") for i in range(n)], LABELS, on_progress)[0]
+    return model.answer([("system", f"text {i}") for i in range(n)], LABELS.names, on_progress)[0]
 
 
 # What is sent ---------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_what_fails_to_the_last_is_one_typed_error_without_key_or_text(
     caplog.set_level("DEBUG")
     server.script = lambda _n, _: reply
     model = remote(server, max_retries=0, timeout_seconds=0.1 if reply.hangs or reply.drips else 10)
-    for call in (model.check, lambda: model.answer([("s", SECRET_TEXT)], LABELS)):
+    for call in (model.check, lambda: model.answer([("s", SECRET_TEXT)], LABELS.names)):
         with pytest.raises(EndpointUnavailable, match=words) as failed:
             call()
         assert failed.value.hint

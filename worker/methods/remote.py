@@ -22,7 +22,6 @@ from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from service.core.endpoints import PREFIX, Endpoint
 from service.core.errors import BudgetSpent, EndpointUnavailable
 from service.ml.encode import Tokenizer
-from service.ml.labels import LabelSet
 from worker.methods.protocol import OnProgress, silent
 from worker.predictions import Spent
 
@@ -112,7 +111,8 @@ class RemoteModel:
     @property
     def facts(self) -> dict[str, Any]:
         """For prompt.json: what was asked, and where."""
-        return {"prompt_model": PREFIX + self.name, "model": self.endpoint.model, "host": self.endpoint.host}
+        asked = {"model": self.endpoint.model, "host": self.endpoint.host, "decoding": "free"}
+        return {"prompt_model": PREFIX + self.name} | asked
 
     def check(self) -> None:
         """One call with a neutral text and one token to answer with.
@@ -138,7 +138,7 @@ class RemoteModel:
         return text if len(spans) <= max_tokens else text[: spans[max_tokens - 1][1]]
 
     def answer(
-        self, prompts: Sequence[tuple[str, str]], _labels: LabelSet, on_progress: OnProgress = silent
+        self, prompts: Sequence[tuple[str, str]], _labels: Sequence[str], on_progress: OnProgress = silent
     ) -> tuple[list[str], Spent]:
         """Answers to N prompts, each a system and a user message. A text the endpoint refuses gets an empty one.
 

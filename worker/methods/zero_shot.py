@@ -51,7 +51,7 @@ class Answerer(Protocol):
         """The text's first `max_tokens` tokens: a prompt is to read no more of it than the other methods do."""
 
     def answer(
-        self, prompts: Sequence[tuple[str, str]], labels: LabelSet, on_progress: OnProgress
+        self, prompts: Sequence[tuple[str, str]], labels: Sequence[str], on_progress: OnProgress
     ) -> tuple[list[str], Spent | None]:
         """Generated texts for N prompts, each a system and a user message, and what they took elsewhere."""
 
@@ -126,7 +126,7 @@ class PromptedModel:
         return text if len(ids) <= max_tokens else str(self.tokenizer.decode(ids[:max_tokens]))
 
     def answer(
-        self, prompts: Sequence[tuple[str, str]], labels: LabelSet, on_progress: OnProgress
+        self, prompts: Sequence[tuple[str, str]], labels: Sequence[str], on_progress: OnProgress
     ) -> tuple[list[str], None]:
         ids = [self.encode_prompt(system, user) for system, user in prompts]
         return self.generate(ids, self.label_tokens(labels), on_progress), None
@@ -154,9 +154,9 @@ class PromptedModel:
             on_progress(done / len(prompts), f"{self.name} answered {done}/{len(prompts)} prompts")
         return answers
 
-    def label_tokens(self, labels: LabelSet) -> int:
+    def label_tokens(self, labels: Sequence[str]) -> int:
         """Tokens of the longest label, with room for a prefix such as `Label:`, quotes and the end."""
-        longest = max(len(self.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in labels.names)
+        longest = max(len(self.tokenizer(name, add_special_tokens=False)["input_ids"]) for name in labels)
         return longest + 8
 
 
@@ -178,7 +178,7 @@ class Prompted:
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
-        raw, spent = self.model.answer([self.messages(text) for text in texts], self.labels, on_progress)
+        raw, spent = self.model.answer([self.messages(text) for text in texts], self.labels.names, on_progress)
         seconds = (time.perf_counter() - start) / max(len(texts), 1)
         parsed = [parse_answer(answer, self.labels.names) for answer in raw]
         ids = [NO_ANSWER if answer.label is None else self.labels.id_of(answer.label) for answer in parsed]
