@@ -112,7 +112,8 @@ class RemoteModel:
     @property
     def facts(self) -> dict[str, Any]:
         """For prompt.json: what was asked, and where."""
-        return {"prompt_model": ENDPOINT_PREFIX + self.name, "model": self.endpoint.model, "host": self.endpoint.host}
+        asked = {"model": self.endpoint.model, "host": self.endpoint.host, "decoding": "free"}
+        return {"prompt_model": ENDPOINT_PREFIX + self.name} | asked
 
     def check(self) -> None:
         """One call with a neutral text and one token to answer with.
