@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from service.core.errors import InvalidData, ModelUnavailable
-from service.core.spec import JobSpec
+from service.core.spec import JobSpec, auto_epochs
 from service.ml.base_models import EMBEDDED, GPU_DEFAULT, PROMPT_DEFAULT, Located, find_base, locate
 from service.ml.dataset import TableFormat
 from service.ml.device import training_precision
 from service.ml.split import Split, Table, read_split, stratified_subset
-from worker.methods.lora import auto_epochs, auto_learning_rate
+from worker.methods.lora import auto_learning_rate
 
 Say = Callable[[str, str], None]
 """Called with a message for the user and its level."""

@@ -75,6 +75,11 @@ class TrainSpec(_Part):
     early_stopping_patience: Annotated[int, Field(ge=0, le=50)] = 2
 
 
+def auto_epochs(n_train: int) -> int:
+    """Six; fewer where that would be over 300,000 rows, more where it would be under 10,000 (12 at most)."""
+    return min(max(10_000 // n_train, 6), 12) if n_train < 50_000 else max(1, 300_000 // n_train)
+
+
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 

@@ -71,11 +71,6 @@ class LoraRecipe:
         )  # fmt: skip
 
 
-def auto_epochs(n_train: int) -> int:
-    """Six; fewer where that would be over 300,000 rows, more where it would be under 10,000 (12 at most)."""
-    return int(np.clip(10_000 // n_train, 6, 12)) if n_train < 50_000 else max(1, 300_000 // n_train)
-
-
 def auto_learning_rate(hidden_size: int) -> float:
     """2e-3 for MiniLM (H=384), falling with width: 4.6e-4 at H=1024, 1.6e-4 at H=2048."""
     return float(np.clip(2e-3 * (384 / hidden_size) ** 1.5, 1e-4, 2e-3))
