@@ -150,13 +150,22 @@ class Client:
             spec: The job's spec; empty means an experiment with every default.
             form: Fields about the file, such as `text_column`, `has_header` or `rare_labels`; None is left out.
         """
-        fields = {name: value for name, value in form.items() if value is not None}
-        with Path(path).open("rb") as file:
-            fields = {"spec": json.dumps(spec or {}), **fields}
-            files = {"file": (Path(path).name, file, "text/csv")}
-            # The server reads and profiles the whole file before it answers.
-            timeout = httpx.Timeout(self._timeout_seconds, read=max(600.0, self._timeout_seconds))
-            return cast(Job, self._json("POST", "/jobs", data=fields, files=files, timeout=timeout))
+        return cast(Job, self._send_file("/jobs", path, {"spec": json.dumps(spec or {}), **form}))
+
+    def upload(self, path: str | PathLike[str], **form: Any) -> dict[str, Any]:
+        """Send a file alone, with the form fields of `submit`; gives the dataset, whose `id` a spec can name."""
+        return cast(dict[str, Any], self._send_file("/datasets", path, form))
+
+    def preflight(self, dataset_id: str, *, deadline_seconds: float = 120.0, **asked: Any) -> dict[str, Any]:
+        """What a job on the dataset would meet, and about how long it would take, before any compute.
+
+        Args:
+            dataset_id: A labelled dataset.
+            deadline_seconds: How long a server that is at another one is asked again.
+            asked: Values of the job: `base_model`, `max_length`, `seed`, `train`, `validation`, `test`.
+        """
+        path, options = f"/datasets/{_quoted(dataset_id)}/preflight", {"params": asked, "timeout": self._slow}
+        return cast(dict[str, Any], self._json_until(deadline_seconds, "GET", path, **options))
 
     def job(self, job_id: str) -> Job:
         return cast(Job, self._json("GET", f"/jobs/{_quoted(job_id)}"))
@@ -209,16 +218,7 @@ class Client:
             body["min_confidence"] = min_confidence
         if target_precision is not None:
             body["target_precision"] = target_precision
-        give_up_at = time.monotonic() + deadline_seconds
-        while True:
-            try:
-                return cast(Answer, self._json("POST", "/predict", json=body))
-            except TuneproofError as error:
-                # A base that this machine cannot hold will not fit later either.
-                wait_seconds = None if error.code == "base_not_served" else error.retry_after_seconds
-                if wait_seconds is None or time.monotonic() + wait_seconds > give_up_at:
-                    raise
-                time.sleep(wait_seconds)
+        return cast(Answer, self._json_until(deadline_seconds, "POST", "/predict", json=body))
 
     def download(self, job_id: str, name: str, to: str | PathLike[str]) -> Path:
         """Stream one artifact, such as `metrics.json`, into the file `to`, which appears only when it is whole."""
@@ -235,6 +235,31 @@ class Client:
                 for chunk in response.iter_bytes():
                     file.write(chunk)
         return partial.replace(target)
+
+    @property
+    def _slow(self) -> httpx.Timeout:
+        """For calls in which the server reads a whole file before it answers."""
+        return httpx.Timeout(self._timeout_seconds, read=max(600.0, self._timeout_seconds))
+
+    def _send_file(self, to: str, path: str | PathLike[str], form: Mapping[str, Any]) -> Any:
+        fields = {name: value for name, value in form.items() if value is not None}
+        with Path(path).open("rb") as file:
+            files = {"file": (Path(path).name, file, "text/csv")}
+            return self._json("POST", to, data=fields, files=files, timeout=self._slow)
+
+    def _json_until(self, deadline_seconds: float, method: str, path: str, **options: Any) -> Any:
+        """The answer, asked for again as often as the server says to and the deadline allows."""
+        give_up_at = time.monotonic() + deadline_seconds
+        while True:
+            try:
+                return self._json(method, path, **options)
+            except TuneproofError as error:
+                # A base that this machine cannot hold will not fit later either; nor will a file that broke the memory.
+                final = error.code in ("base_not_served", "out_of_memory")
+                wait_seconds = None if final else error.retry_after_seconds
+                if wait_seconds is None or time.monotonic() + wait_seconds > give_up_at:
+                    raise
+                time.sleep(wait_seconds)
 
     def _json(self, method: str, path: str, **options: Any) -> Any:
         with self._reaching():

@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.ml.evidence import PairedComparison
-from service.ml.labels import LabelSet
+from service.ml.split import PARTS, Split, Table
 from worker.metrics import confidences, label_probabilities
 from worker.predictions import NO_ANSWER, Predictions
-from worker.split import PARTS, Split
 
 FLIP_COLUMNS = ("candidate", "baseline", "row_id", "text", "label", "candidate_answer", "baseline_answer", "flip")
-
-
-@dataclass(frozen=True)
-class Table:
-    """The usable rows of a dataset, N of them, in file order.
-
-    Args:
-        row_ids: `(N,)` 0-based data rows of the upload.
-        texts: N texts.
-        label_ids: `(N,)`.
-        labels: All of the dataset's.
-        dropped_row_ids: Rows of labels dropped as rare.
-    """
-
-    row_ids: NDArray[np.int64]
-    texts: tuple[str, ...]
-    label_ids: NDArray[np.int64]
-    labels: LabelSet
-    dropped_row_ids: NDArray[np.int64]
 
 
 def write_split(path: Path, table: Table, split: Split) -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.core.spec import auto_epochs
+from service.ml.split import growing_order
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
-from worker.methods.lora import Lora, LoraRecipe, OnEvent, auto_epochs
+from worker.methods.lora import Lora, LoraRecipe, OnEvent
 from worker.methods.protocol import OnProgress, Predictor, Rows
 from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.metrics import score
 from worker.saved import Saveable, Served
-from worker.split import growing_order
 
 TRAINED = ("tfidf_logreg", "embedding_logreg", "lora")
 CAVEAT = (

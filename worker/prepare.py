@@ -12,14 +12,13 @@ from transformers import AutoConfig
 
 from service.core.endpoints import endpoint_name
 from service.core.errors import InvalidData, ModelUnavailable
-from service.core.spec import JobSpec
+from service.core.spec import JobSpec, auto_epochs
 from service.ml.base_models import EMBEDDED, GPU_DEFAULT, PROMPT_DEFAULT, Located, find_base, locate
-from service.ml.dataset import TableFormat, read_frame
+from service.ml.dataset import TableFormat
 from service.ml.device import training_precision
 from service.ml.labels import LabelSet
-from worker.artifacts import Table
-from worker.methods.lora import auto_epochs, auto_learning_rate
-from worker.split import ALGORITHM, PARTS, Split, split_as_given, split_rows, stratified_subset
+from service.ml.split import Split, Table, read_split, stratified_subset
+from worker.methods.lora import auto_learning_rate
 
 Say = Callable[[str, str], None]
 """Called with a message for the user and its level."""
@@ -60,7 +59,8 @@ def prepare(
     base = _find_base(spec, models_dir, device, say)
     wants_prompt = spec.runs_baselines and "zero_shot" in spec.baseline.methods
     prompt_model = _find_prompt_model(spec, base, models_dir, device, say) if wants_prompt else None
-    table, split, algorithm = _read(spec, file, table_format)
+    shares: dict[Any, float] = spec.split.model_dump()
+    table, split, algorithm = read_split(file, table_format, shares, spec.seed)
     _check_descriptions(spec.baseline.label_descriptions, table.labels)
     test_texts = [table.texts[i] for i in split.test]
     subset = stratified_subset(test_texts, table.label_ids[split.test], spec.baseline.sample_size, spec.seed)
@@ -121,29 +121,6 @@ def _find_prompt_model(
             "info",
         )
         return None
-
-
-def _read(spec: JobSpec, file: Path, table_format: TableFormat) -> tuple[Table, Split, str]:
-    if not table_format.needs_label:
-        raise InvalidData("The dataset has no labels.", hint="Upload it again with labelled=true and a label column.")
-    frame = read_frame(file, table_format)
-    kept = frame[~frame["dropped"].to_numpy(bool)]
-    texts, names = tuple(kept["text"].tolist()), kept["label"].tolist()
-    labels = LabelSet.of(names)
-    dropped = frame["row_id"].to_numpy(np.int64)[frame["dropped"].to_numpy(bool)]
-    table = Table(kept["row_id"].to_numpy(np.int64), texts, labels.ids(names), labels, dropped)
-    shares: dict[Any, float] = spec.split.model_dump()
-    if table_format.split_column is None:
-        split, algorithm = split_rows(texts, table.label_ids, shares, spec.seed), ALGORITHM
-    else:
-        given = kept["split"].tolist()
-        split, algorithm = split_as_given(texts, table.label_ids, given, shares, spec.seed), "as-given"
-    for part in PARTS:
-        if len(split.part(part)) == 0:
-            raise InvalidData(f"No row is left for the {part} part.", hint="Upload more rows, or ask for other shares.")
-    if len(np.unique(table.label_ids[split.train])) < 2:
-        raise InvalidData("All train rows have the same label.", hint="Give the train part rows of two labels or more.")
-    return table, split, algorithm
 
 
 def _check_descriptions(descriptions: Mapping[str, str], labels: LabelSet) -> None:

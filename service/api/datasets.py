@@ -20,6 +20,7 @@ from service.core.ids import new_id, new_token
 from service.db import catalog
 from service.db.models import Dataset
 from service.ml.dataset import TableFormat, UploadOptions, profile, read_rows
+from service.storage import StoredText
 
 router = APIRouter(tags=["datasets"])
 _CHUNK = 1 << 20
@@ -58,18 +59,13 @@ def preview_rows(
     """Rows as they are read, in the order of the file."""
     with ctx.db.read() as session:
         dataset = catalog.get_dataset(session, dataset_id)
-    with tempfile.TemporaryDirectory(dir=ctx.settings.data_dir / "tmp") as folder:
-        file = Path(folder) / "dataset"
-        try:
-            ctx.storage.fetch(dataset.storage_key, file)
-        except FileNotFoundError:
-            raise NotFound("The dataset has just been deleted.") from None
-        rows = read_rows(file, TableFormat(**dataset.profile["format"]))
-        found = [
-            RowOut(row_id=row.row_id, text=row.text, label=row.label)
-            for row in itertools.islice(rows, offset, offset + limit + 1)
-        ]
-        rows.close()  # type: ignore[attr-defined]
+    rows = read_rows(StoredText(ctx.storage, dataset.storage_key), TableFormat(**dataset.profile["format"]))
+    try:
+        asked = list(itertools.islice(rows, offset, offset + limit + 1))
+    except FileNotFoundError:
+        raise NotFound("The dataset has just been deleted.") from None
+    rows.close()  # type: ignore[attr-defined]
+    found = [RowOut(row_id=row.row_id, text=row.text, label=row.label) for row in asked]
     return Page(data=found[:limit], has_more=len(found) > limit)
 
 

@@ -48,9 +48,9 @@ async def create_job(request: Request, response: Response, ctx: Ctx) -> JobOut:
         spec = parse_json(JobSpec, fields.pop("spec", "{}"))
         if spec.dataset_id is not None:
             raise InvalidInput("Send either `file` or `dataset_id`, not both.")
-        _check(ctx, spec)
+        check_spec(ctx, spec)
         form = upload_form(fields)
-        _refuse_unlabelled(spec, labelled=form.labelled)
+        refuse_unlabelled(spec, labelled=form.labelled)
         dataset = await run_in_threadpool(store, ctx, upload, form)
         spec = spec.model_copy(update={"dataset_id": dataset.id})
     else:
@@ -60,7 +60,7 @@ async def create_job(request: Request, response: Response, ctx: Ctx) -> JobOut:
                 "A JSON job needs `dataset_id`; to send the CSV with the job, use multipart/form-data with `file`.",
                 errors=[{"loc": ["dataset_id"], "message": "missing"}],
             )
-        _check(ctx, spec)
+        check_spec(ctx, spec)
     job = await run_in_threadpool(_submit, ctx, spec)
     response.headers["Location"] = f"/jobs/{job.id}"
     return job
@@ -171,7 +171,7 @@ def get_artifact(request: Request, ctx: Ctx, job_id: str, name: str) -> Response
     return StreamingResponse(chunks, status, headers, media_type)
 
 
-def _check(ctx: Context, spec: JobSpec) -> None:
+def check_spec(ctx: Context, spec: JobSpec) -> None:
     """What can be refused before anything is stored. Raises InvalidInput."""
     if spec.kind == "predict":
         raise InvalidInput(
@@ -203,7 +203,7 @@ def _refuse_unknown_endpoint(ctx: Context, name: str) -> None:
         )
 
 
-def _refuse_unlabelled(spec: JobSpec, *, labelled: bool) -> None:
+def refuse_unlabelled(spec: JobSpec, *, labelled: bool) -> None:
     if not labelled:
         raise InvalidData(
             f"A job of kind '{spec.kind}' needs labels, and this dataset was uploaded without. Upload it again with "
@@ -215,7 +215,7 @@ def _submit(ctx: Context, spec: JobSpec) -> JobOut:
     assert spec.dataset_id is not None  # checked by the caller
     with ctx.db.write() as session:
         dataset = catalog.get_dataset(session, spec.dataset_id)
-        _refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
+        refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
         spec = spec.model_copy(update={"name": spec.name or dataset.name})
         job = jobs.submit(
             session, kind=spec.kind, name=spec.name or dataset.name, dataset_id=dataset.id,

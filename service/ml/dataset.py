@@ -21,6 +21,7 @@ from service.ml.table import (
     BadRows,
     Cells,
     Dialect,
+    TextSource,
     cut_head,
     find_delimiter,
     head_lines,
@@ -168,18 +169,18 @@ def profile(path: Path, options: UploadOptions) -> DatasetProfile:
     )
 
 
-def read_rows(path: Path, table: TableFormat) -> Iterator[Row]:
+def read_rows(file: TextSource, table: TableFormat) -> Iterator[Row]:
     """Every data row in file order, as a stream.
 
     Raises:
         InvalidData: the file is not the one that was profiled.
     """
-    cells = _cells(path, table)
+    cells = _cells(file, table)
     yield from _rows(cells, table)
     cells.refuse()
 
 
-def read_frame(path: Path, table: TableFormat) -> "pd.DataFrame":
+def read_frame(file: TextSource, table: TableFormat) -> "pd.DataFrame":
     """The usable rows and those of dropped labels.
 
     Returns:
@@ -188,7 +189,7 @@ def read_frame(path: Path, table: TableFormat) -> "pd.DataFrame":
     """
     import pandas as pd  # slow to import, and the API does without
 
-    rows = [row for row in read_rows(path, table) if fold(row.text) and (row.label or not table.needs_label)]
+    rows = [row for row in read_rows(file, table) if fold(row.text) and (row.label or not table.needs_label)]
     frame = pd.DataFrame(rows, columns=list(Row._fields), dtype=object).astype({"row_id": "int64"})
     frame["dropped"] = frame["label"].isin(table.dropped_labels)
     return frame
@@ -258,9 +259,9 @@ def _assign_columns(
     return names[text], None if label is None else names[label], None if split is None else names[split]
 
 
-def _cells(path: Path, table: TableFormat) -> Cells:
+def _cells(file: TextSource, table: TableFormat) -> Cells:
     dialect = Dialect(table.encoding, table.delimiter, table.literal_quotes)
-    return Cells(path, dialect, has_header=table.has_header)
+    return Cells(file, dialect, has_header=table.has_header)
 
 
 def _rows(cells: Cells, table: TableFormat) -> Iterator[Row]:

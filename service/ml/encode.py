@@ -69,6 +69,12 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Encod
     return Encoded(ids, truncated)
 
 
+def token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.int64]:
+    """`(N,)` tokens of N texts as `encode` counts them before it cuts, without keeping any."""
+    pieces = (texts[start : start + _TEXTS_AT_ONCE] for start in range(0, len(texts), _TEXTS_AT_ONCE))
+    return np.array([len(row) for piece in pieces for row in _ids(tokenizer, piece)], dtype=np.int64)
+
+
 def token_batches(lengths: NDArray[np.int64], token_budget: int, max_rows: int) -> Iterator[NDArray[np.int64]]:
     """Positions of the rows, batch by batch, sorted by length so that little is padding.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from service.core.errors import AppError, InvalidData, InvalidEncoding, MalformedRows, UnsupportedMedia
 
@@ -61,6 +61,12 @@ _FAULT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _OVERLONG = "field larger than field limit"  # as the csv module says it
 
 
+class TextSource(Protocol):
+    """A `Path`, or what opens like one."""
+
+    def open(self, *, encoding: str, errors: str, newline: str) -> TextIO: ...
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How bytes are cut into cells; `literal_quotes` takes quotes as part of the text."""
@@ -109,15 +115,15 @@ class Cells:
     is collected on the way, and `refuse` raises it after.
     """
 
-    def __init__(self, path: Path, dialect: Dialect, *, has_header: bool) -> None:
-        self.path, self.dialect = path, dialect
+    def __init__(self, file: TextSource, dialect: Dialect, *, has_header: bool) -> None:
+        self.file, self.dialect = file, dialect
         self.rows_with_quotes = array("q")  # told apart only where quotes are literal
         self._row = -1 if has_header else 0
         self._malformed, self._undecodable = BadRows(), BadRows()
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
         width = 0
-        with _open(self.path, self.dialect.encoding) as file:
+        with _open(self.file, self.dialect.encoding) as file:
             records = self.dialect.cut(self._inspected(_lines(file)))
             while True:
                 try:
@@ -282,8 +288,8 @@ def _text_codec(asked: str) -> str | None:
     return None if name in _NOT_FOR_FILES else name.removesuffix("-sig")
 
 
-def _open(path: Path, encoding: str) -> TextIO:
-    return path.open(encoding=encoding, errors="surrogateescape", newline="")
+def _open(file: TextSource, encoding: str) -> TextIO:
+    return file.open(encoding=encoding, errors="surrogateescape", newline="")
 
 
 def _lines(file: TextIO) -> Iterator[str]:

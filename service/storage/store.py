@@ -2,12 +2,13 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 import fsspec
 
@@ -22,6 +23,17 @@ class Stored:
     key: str
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class StoredText:
+    """A stored file that is opened as a `Path` would be, and read as it comes: nothing is copied first."""
+
+    storage: "Storage"
+    key: str
+
+    def open(self, *, encoding: str, errors: str, newline: str) -> TextIO:
+        return io.TextIOWrapper(self.storage.open(self.key), encoding, errors, newline)
 
 
 class Storage:

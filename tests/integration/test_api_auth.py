@@ -34,6 +34,7 @@ NEEDS: dict[tuple[str, str], str | None] = {
     ("GET", "/datasets"): "read",
     ("GET", "/datasets/{dataset_id}"): "read",
     ("GET", "/datasets/{dataset_id}/rows"): "read",
+    ("GET", "/datasets/{dataset_id}/preflight"): "read",
     ("DELETE", "/datasets/{dataset_id}"): "write",
     ("POST", "/jobs"): "write",
     ("GET", "/jobs"): "read",

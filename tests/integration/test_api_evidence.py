@@ -20,12 +20,12 @@ from service.db import catalog, jobs
 from service.db.jobs import NewArtifact
 from service.ml.evidence import same_texts
 from service.ml.labels import LabelSet
+from service.ml.split import Table, split_rows, stratified_subset
 from tests.problems import problem_of
 from tests.rows import GRACE, START, add_job, claim
-from worker.artifacts import Table, flips, write_flips, write_json, write_predictions, write_split
+from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.compare import MethodAnswers, compare_all
 from worker.predictions import Predictions
-from worker.split import split_rows, stratified_subset
 
 LABELS = LabelSet(("card, lost", "fee", 'the "other"'))
 SHARES = {"train": 0.4, "validation": 0.1, "test": 0.5}

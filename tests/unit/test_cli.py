@@ -185,6 +185,22 @@ def test_predict_sends_a_target_precision_in_place_of_a_threshold(server: FakeSe
     assert [json.loads(request.content) for request in server.requests] == [sent, sent | {"min_confidence": 0.5}]
 
 
+def test_a_file_is_uploaded_alone_and_looked_at_with_the_values_of_a_job(
+    server: FakeServer, tickets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("tuneproof.client.time.sleep", waits.append)
+    server.answers["POST /datasets"] = {"id": "ds_1"}
+    server.answers["GET /datasets/ds_1/preflight"] = iter([problem(429, "queue_full", "2"), {"warnings": []}])
+    client = server.client()
+    dataset = client.upload(tickets, label_column="label")
+    assert client.preflight(dataset["id"], base_model="minilm", seed=7) == {"warnings": []}
+    assert waits == [2]
+    assert 'name="label_column"' in server.requests[0].content.decode()
+    assert 'name="spec"' not in server.requests[0].content.decode()
+    assert dict(server.requests[-1].url.params) == {"base_model": "minilm", "seed": "7"}
+
+
 @pytest.mark.parametrize(
     ("answer", "deadline_seconds"),
     [

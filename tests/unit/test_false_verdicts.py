@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from service.ml.evidence import PairedComparison, same_texts
 from service.ml.labels import LabelSet
+from service.ml.split import split_rows, stratified_subset
 from worker.compare import MethodAnswers, compare_all
 from worker.methods.frozen import fit_probe
 from worker.methods.majority import Majority
 from worker.methods.protocol import Rows
 from worker.methods.tfidf_logreg import TfidfLogreg
-from worker.split import split_rows, stratified_subset
 from worker.verdict import Recommendation, headline, recommend
 
 K, MARGIN, PROMPTED = 4, 0.02, 300

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
+from service.core.spec import auto_epochs
 from service.ml.adapter import load_adapter
 from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
@@ -20,7 +21,7 @@ from tests.tiny import BERT, KEYWORDS, labelled_texts
 from worker import learning_curve as curve_module
 from worker.learning_curve import LearningCurve, main_part, overtakes
 from worker.methods.frozen import FrozenBase
-from worker.methods.lora import Lora, auto_epochs
+from worker.methods.lora import Lora
 from worker.progress import Reporter
 from worker.run import Experiment
 
@@ -156,7 +157,7 @@ def test_epochs_that_are_auto_are_those_of_so_many_rows(run, monkeypatch):
         with pytest.raises(InterruptedError):
             curve.fit(run.folder, lambda *_: None, lambda *_: None)
     assert [epochs for _, epochs in asked] == [9, 2]
-    assert auto_epochs(100) > auto_epochs(50_000)
+    assert auto_epochs(100) > auto_epochs(100_000)
 
 
 # Where fine-tuning overtakes prompting -------------------------------------------------------------

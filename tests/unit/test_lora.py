@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
 
 from service.core.errors import ModelUnavailable
-from service.core.spec import TrainSpec
+from service.core.spec import TrainSpec, auto_epochs
 from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
 from service.ml.encode import encode
@@ -19,7 +19,7 @@ from tests.adapters import TARGETS, manifest, stock_logits
 from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, KEYWORDS, QWEN3, QWEN3_EOS, ROBERTA, labelled_texts
 from worker.methods.checkpoint import Checkpoint, newest
 from worker.methods.frozen import FrozenBase, fit_probe
-from worker.methods.lora import Lora, LoraRecipe, _with_lora, auto_epochs, auto_learning_rate, epoch_batches
+from worker.methods.lora import Lora, LoraRecipe, _with_lora, auto_learning_rate, epoch_batches
 from worker.methods.protocol import Rows
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from service.ml.dataset import fold
 from service.ml.labels import LabelSet
-from worker.split import PARTS, growing_order, split_as_given, split_rows, stratified_subset
+from service.ml.split import PARTS, growing_order, split_as_given, split_rows, stratified_subset
 
 SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
 WORDS = st.sampled_from(

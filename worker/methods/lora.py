@@ -71,15 +71,6 @@ class LoraRecipe:
         )  # fmt: skip
 
 
-def auto_epochs(n_train: int) -> int:
-    """Ten; fewer where that would be over 300,000 rows.
-
-    On BANKING77 (9,422 rows to train on, 2,353 to choose on) a schedule of ten had validation macro-F1 0.942 at its
-    best epoch, the sixth, and one of six 0.937; early stopping ends it two epochs after the best.
-    """
-    return int(np.clip(300_000 // n_train, 1, 10))
-
-
 def auto_learning_rate(hidden_size: int) -> float:
     """2e-3 for MiniLM (H=384), falling with width: 4.6e-4 at H=1024, 1.6e-4 at H=2048."""
     return float(np.clip(2e-3 * (384 / hidden_size) ** 1.5, 1e-4, 2e-3))

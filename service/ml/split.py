@@ -8,7 +8,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from service.ml.dataset import fold
+from service.core.errors import InvalidData
+from service.ml.dataset import TableFormat, fold, read_frame
+from service.ml.labels import LabelSet
+from service.ml.table import TextSource
 
 ALGORITHM = "stratified-grouped-sha256-v1"
 Part = Literal["train", "validation", "test"]
@@ -25,6 +28,53 @@ class Split:
 
     def part(self, name: Part) -> NDArray[np.int64]:
         return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The usable rows of a dataset, N of them, in file order.
+
+    Args:
+        row_ids: `(N,)` 0-based data rows of the upload.
+        texts: N texts.
+        label_ids: `(N,)`.
+        labels: All of the dataset's.
+        dropped_row_ids: Rows of labels dropped as rare.
+    """
+
+    row_ids: NDArray[np.int64]
+    texts: tuple[str, ...]
+    label_ids: NDArray[np.int64]
+    labels: LabelSet
+    dropped_row_ids: NDArray[np.int64]
+
+
+def read_split(
+    file: TextSource, table_format: TableFormat, shares: Mapping[Part, float], seed: int
+) -> tuple[Table, Split, str]:
+    """The usable rows of a file, their parts, and the name of the way they were dealt out.
+
+    Raises:
+        InvalidData: there are no labels, or the rows cannot be split as asked.
+    """
+    if not table_format.needs_label:
+        raise InvalidData("The dataset has no labels.", hint="Upload it again with labelled=true and a label column.")
+    frame = read_frame(file, table_format)
+    kept = frame[~frame["dropped"].to_numpy(bool)]
+    texts, names = tuple(kept["text"].tolist()), kept["label"].tolist()
+    labels = LabelSet.of(names)
+    dropped = frame["row_id"].to_numpy(np.int64)[frame["dropped"].to_numpy(bool)]
+    table = Table(kept["row_id"].to_numpy(np.int64), texts, labels.ids(names), labels, dropped)
+    if table_format.split_column is None:
+        split, algorithm = split_rows(texts, table.label_ids, shares, seed), ALGORITHM
+    else:
+        split, algorithm = split_as_given(texts, table.label_ids, kept["split"].tolist(), shares, seed), "as-given"
+    for part in PARTS:
+        if len(split.part(part)) == 0:
+            raise InvalidData(f"No row is left for the {part} part.", hint="Upload more rows, or ask for other shares.")
+    if len(np.unique(table.label_ids[split.train])) < 2:
+        raise InvalidData("All train rows have the same label.", hint="Give the train part rows of two labels or more.")
+    return table, split, algorithm
 
 
 def split_rows(texts: Sequence[str], label_ids: NDArray[np.int64], shares: Mapping[Part, float], seed: int) -> Split:
