@@ -1,18 +1,27 @@
-"""Prints how many lines of code each room holds; fails where all of them, tests aside, exceed the budget."""
+"""Prints how many lines of code and of docstring each room holds; fails where the code, tests aside, is over budget."""
 
+import ast
 import sys
 from collections import Counter
 from pathlib import Path
 
 BUDGET = 9_000
+"""Lines of code: docstrings say what a caller must know, and are not what a budget should make dearer (decision 12)."""
 ROOT = Path(__file__).parent.parent
 ROOMS = ("tuneproof", "service", "worker", "migrations", "tools", "benchmarks", "tests")
 
 
-def lines_of_code(path: Path) -> int:
-    """Lines that are neither blank nor a comment alone; docstrings count, they are read as well."""
-    lines = (line.strip() for line in path.read_text("utf-8").splitlines())
-    return sum(bool(line) and not line.startswith("#") for line in lines)
+def lines_of(path: Path) -> tuple[int, int]:
+    """Lines of code, and lines of docstring; neither blank ones nor those that are a comment alone."""
+    source = path.read_text("utf-8")
+    docstrings = {
+        number
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    filled = {i for i, line in enumerate(source.splitlines(), 1) if line.strip() and not line.strip().startswith("#")}
+    return len(filled - docstrings), len(filled & docstrings)
 
 
 def room(path: Path) -> str:
@@ -21,15 +30,21 @@ def room(path: Path) -> str:
 
 
 def main() -> int:
-    lines: Counter[str] = Counter()
+    code: Counter[str] = Counter()
+    docstrings: Counter[str] = Counter()
     for name in ROOMS:
         for path in (ROOT / name).rglob("*.py"):
-            lines[room(path)] += lines_of_code(path)
-    total = sum(count for name, count in lines.items() if not name.startswith("tests"))
-    table = [f"{name:<24}{count:>7,}" for name, count in sorted(lines.items())]
-    table += [f"{'all but tests':<24}{total:>7,}", f"{'budget':<24}{BUDGET:>7,}"]
+            lines = lines_of(path)
+            for of in (room(path), *(["all but tests"] if name != "tests" else [])):
+                code[of], docstrings[of] = code[of] + lines[0], docstrings[of] + lines[1]
+    table = [f"{'':<20}{'code':>8}{'docstrings':>12}"]
+    table += [
+        f"{name:<20}{code[name]:>8,}{docstrings[name]:>12,}"
+        for name in sorted(code, key=lambda n: (n == "all but tests", n))
+    ]
+    table += [f"{'budget':<20}{BUDGET:>8,}"]
     sys.stdout.write("\n".join(table) + "\n")
-    return int(total > BUDGET)
+    return int(code["all but tests"] > BUDGET)
 
 
 if __name__ == "__main__":
