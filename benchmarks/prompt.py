@@ -2,7 +2,8 @@
 
 One model for all (a Qwen3 of random weights), the same prompts, the same most new tokens; constrained against
 constrained (stock by `prefix_allowed_tokens_fn`), free against free. A ratio is the median over rounds that run every
-side once. Stock's single rows are timed on a sample in each round; the answers are compared on every row.
+side once. Stock's single rows are timed on a sample in each round; the answers are compared on every row. `--quick`
+times stock's batches on a sample too, in one round, and compares the answers of some 50 rows.
 """
 
 import argparse
@@ -18,18 +19,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from worker.methods.decoding import Constrained, Free, generate
 from worker.methods.label_trie import LabelTrie
 from worker.methods.prompts import PromptTemplate
 
-VOCABULARY, END, SAMPLE, STOCK_BATCH, LEAST_MARGIN = 32_000, 0, 24, 16, 1e-4
+N, VOCABULARY, END, STOCK_BATCH, LEAST_MARGIN = 300, 32_000, 0, 16, 1e-4
 AT_LEAST = {"constrained_vs_single": 15, "constrained_vs_batched": 10, "free_vs_single": 8}
 THINGS = ("card", "transfer", "top_up", "refund", "cash_withdrawal", "direct_debit", "exchange", "account",
           "card_payment", "virtual_card", "identity_check")  # fmt: skip
-MATTERS = ("not_working", "fee_charged", "pending", "declined", "wrong_amount", "limit", "how_to_cancel")
+MATTERS = ("not_working", "fee_charged_twice", "still_pending", "declined_abroad", "wrong_amount", "limit_reached",
+           "how_to_cancel")  # fmt: skip
 LABELS = [f"{thing}_{matter}" for thing in THINGS for matter in MATTERS]
 OPENINGS = ("Hello, ", "Hi there, ", "Sorry but ", "Please help, ", "Can you tell me why ", "I do not understand why ",
             "", "Good morning, ", "Is it normal that ", "I would like to know why ")  # fmt: skip
@@ -53,9 +55,12 @@ def written_texts(n: int) -> list[str]:
 
 
 def trained_tokenizer() -> Tokenizer:
-    """Byte-level BPE over the texts and labels."""
+    """Byte-level BPE over the texts and labels, split into words as Qwen's: `_fee` is one."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
@@ -73,7 +78,11 @@ def random_qwen3() -> Any:
         pad_token_id=None, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).eval()
+    model = Qwen3ForCausalLM(config).eval()
+    for layer in model.model.layers:
+        # Sharp attention: else it is even over the prompt, the text counts for little and all get the same label.
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 8.0)
+    return model
 
 
 @torch.inference_mode()
@@ -129,35 +138,35 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
-    n, rounds = (72, 1) if given.quick else (300, 3)
+    rounds, n_checked, n_singly, n_batched = (1, 48, 24, 48) if given.quick else (3, N, 24, N)
     tokenizer, model = trained_tokenizer(), random_qwen3()
-    texts = written_texts(n)
+    texts = written_texts(N)
     messages = [PromptTemplate().fill(LABELS, text) for text in texts]
     prompts = [tokenizer.encode(f"{system}\n\n{user}\nLabel:").ids for system, user in messages]
     prompts.sort(key=len)  # for stock's batches; ours sort by themselves
     trie = LabelTrie([tokenizer.encode(f" {label}").ids for label in LABELS], [END])
     n_new = trie.longest + 1
-    checked = check(model, prompts, n_new, trie)
-    sample = prompts[:: max(1, n // SAMPLE)]
+    checked = check(model, prompts[:: N // n_checked], n_new, trie)
+    few, many = prompts[:: N // n_singly], prompts[:: N // n_batched]
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
         for way, limit, rule in (
-            ("free", None, lambda: Free(model, n, n_new, [END])),
-            ("constrained", trie, lambda: Constrained(model, n, trie)),
+            ("free", None, lambda: Free(model, N, n_new, [END])),
+            ("constrained", trie, lambda: Constrained(model, N, trie)),
         ):
             ours = seconds(lambda: generate(model, prompts, rule(), lambda _n: None))  # noqa: B023
-            single = seconds(lambda: stock(model, sample, 1, n_new, limit)) * n / len(sample)  # noqa: B023
-            batched = seconds(lambda: stock(model, prompts, STOCK_BATCH, n_new, limit))  # noqa: B023
+            single = seconds(lambda: stock(model, few, 1, n_new, limit)) * N / len(few)  # noqa: B023
+            batched = seconds(lambda: stock(model, many, STOCK_BATCH, n_new, limit)) * N / len(many)  # noqa: B023
             sides = {way: ours, f"{way}_single": single, f"{way}_batched": batched}
             sides |= {f"{way}_vs_single": single / ours, f"{way}_vs_batched": batched / ours}
             for name, value in sides.items():
                 taken.setdefault(name, []).append(value)
     median = {name: statistics.median(values) for name, values in taken.items()}
     title = (
-        f"{n} prompts of {statistics.mean(map(len, prompts)):.0f} tokens, texts of "
+        f"{N} prompts of {statistics.mean(map(len, prompts)):.0f} tokens, texts of "
         f"{statistics.mean(len(tokenizer.encode(text).ids) for text in texts):.0f}; at most {n_new} new ones; fp32, "
-        f"{torch.get_num_threads()} threads. Stock's single rows: {len(sample)} of them, scaled to {n}; "
-        f"its batches: {STOCK_BATCH} rows.\n{checked}"
+        f"{torch.get_num_threads()} threads. Stock singly: {len(few)} rows, scaled to {N}; in batches of "
+        f"{STOCK_BATCH}: {len(many)} rows{', scaled too' if given.quick else ''}.\n{checked}"
     )
     table = Table("decoding", "ours, s", "stock singly, s", "stock batched, s", "vs single", "vs batched", title=title)
     for way in ("constrained", "free"):

@@ -73,7 +73,7 @@ def test_stock_generate_gives_the_prompts_answers_row_by_row(experiment: Path) -
     tokenizer = AutoTokenizer.from_pretrained(experiment / "base")
     precision = torch.bfloat16 if _ran_in_bf16(experiment) else torch.float32
     model = AutoModelForCausalLM.from_pretrained(experiment / "base", dtype=precision).eval()
-    longest = max(len(tokenizer(label, add_special_tokens=False)["input_ids"]) for label in labels) + 8
+    longest = max(len(tokenizer(f" {label}", add_special_tokens=False)["input_ids"]) for label in labels) + 8
     same = 0
     for row in asked:
         system, user = PromptTemplate().fill(labels, row["text"])

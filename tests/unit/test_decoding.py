@@ -185,6 +185,7 @@ def test_whoever_stops_the_decoding_leaves_the_model_as_it_was():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_answers_as_stock_code_does_there():
     model, rows = built(SHARED["qwen3, grouped heads"]).to("cuda"), prompts()
     with torch.inference_mode():

@@ -42,7 +42,8 @@ class SharedPrefix:
         self.length = layers[0][0].shape[1]
         self._own: list[tuple[Tensor, Tensor]] = []
         self._is_real = torch.empty(0)
-        self._bias = torch.empty(0)
+        self._hidden = torch.empty(0)
+        self._place: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, model: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> "SharedPrefix | None":
@@ -115,71 +116,100 @@ class SharedPrefix:
     def _forward(self, fed: list[list[int]], n_seen: Tensor) -> Tensor:
         """The states behind each row's last token, `(B, H)`.
 
+        The rows stand behind one another as one sequence of T tokens, so that none is padding; only their own keys and
+        values are laid out by row.
+
         Args:
-            fed: B lists of new tokens, padded on the right here; what is padding is hidden from later tokens.
+            fed: B lists of new tokens.
             n_seen: `(B,)` tokens each row had before.
         """
-        device, n_new = n_seen.device, max(map(len, fed))
-        ids = torch.tensor([tokens + [0] * (n_new - len(tokens)) for tokens in fed], device=device)
+        device = n_seen.device
         n_fed = torch.tensor([len(tokens) for tokens in fed], device=device)
-        column = torch.arange(n_new, device=device)
-        # (B, n_new, n_own): a token sees the real ones before, and of its own block those up to itself.
-        before = self._is_real[:, None].expand(-1, n_new, -1)
+        column = torch.arange(max(map(len, fed)), device=device)
+        is_fed = column < n_fed[:, None]
+        self._place = is_fed.nonzero(as_tuple=True)
+        # (B, r, n): a token sees the row's real ones before, and of the new ones those up to itself.
+        before = self._is_real[:, None].expand(-1, len(column), -1)
         block = (column <= column[:, None]).expand(len(fed), -1, -1)
-        # Finite, so that a product with a padding's value is 0 and never NaN.
-        lowest = torch.finfo(self.model.dtype).min
-        self._bias = torch.zeros(1, device=device, dtype=self.model.dtype).masked_fill(
-            ~torch.cat([before, block], 2), lowest
-        )
-        self._is_real = torch.cat([self._is_real, column < n_fed[:, None]], 1)
+        self._hidden = ~torch.cat([before, block], 2)[:, None]
+        self._is_real = torch.cat([self._is_real, is_fed], 1)
         states = self.model.get_decoder()(
-            input_ids=ids, position_ids=n_seen[:, None] + column, use_cache=False, shared_prefix=self
-        ).last_hidden_state
-        last: Tensor = states[torch.arange(len(fed), device=device), n_fed - 1]
+            input_ids=torch.tensor([[token for tokens in fed for token in tokens]], device=device),
+            position_ids=(n_seen[:, None] + column)[self._place][None],
+            use_cache=False, shared_prefix=self,
+        ).last_hidden_state  # fmt: skip
+        last: Tensor = states[0, n_fed.cumsum(0) - 1]
         return last
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of r new tokens to the prefix and to the row's own tokens.
+        """Attention of T new tokens to the prefix and to their rows' own tokens, n at most.
 
         Args:
             layer: Which.
-            query: `(B, Hq, r, d)`.
-            key: `(B, Hkv, r, d)`.
-            value: `(B, Hkv, r, d)`.
+            query: `(1, Hq, T, d)`.
+            key: `(1, Hkv, T, d)`.
+            value: `(1, Hkv, T, d)`.
             scaling: Of the scores.
 
         Returns:
-            `(B, r, Hq, d)`.
+            `(1, T, Hq, d)`.
         """
-        (B, Hq, r, d), Hkv, P = query.shape, key.shape[1], self.length
-        keys, values = self._with_own(layer, key, value)
-        n = keys.shape[2]
-        # Query heads of a group stand beside one another: they meet the same keys.
-        query = (query * scaling).reshape(B, Hkv, Hq // Hkv * r, d)
-        out = torch.empty(B, r, Hkv, Hq // Hkv, values.shape[3], dtype=query.dtype, device=query.device)
-        at_once = max(1, _SCORES_AT_ONCE.get(query.device.type, _SCORES_ELSEWHERE) // (Hq * r * (P + n)))
+        (_, Hq, T, _), Hkv, P = query.shape, key.shape[1], self.length
+        query = (query[0] * scaling).transpose(0, 1)
+        keys, values = self._with_own(
+            layer, self._by_row(key[0].transpose(0, 1)), self._by_row(value[0].transpose(0, 1))
+        )
+        # Finite, for a row's padding sees nothing of its own.
+        lowest = torch.finfo(query.dtype).min
+        (B, _, n, _), r = keys.shape, self._hidden.shape[2]
+        scores = (self._by_row(query).reshape(B, Hkv, Hq // Hkv * r, -1) @ keys.mT).view(B, Hq, r, n)
+        own_scores = self._by_token(scores.masked_fill_(self._hidden, lowest))
+        own_weights, out = torch.empty_like(own_scores), query.new_empty(T, Hq, value.shape[3])
         prefix_keys, prefix_values = self.layers[layer]
-        for start in range(0, B, at_once):
-            rows = slice(start, start + at_once)
-            q = query[rows]
-            to_own = (q @ keys[rows].mT).view(-1, Hkv, Hq // Hkv, r, n) + self._bias[rows, None, None]
-            # The batch folded into the queries: (Hkv, b * G * r, d) x (Hkv, d, P).
-            folded = q.transpose(0, 1).reshape(Hkv, -1, d)
-            scores = torch.cat([folded @ prefix_keys.mT, to_own.transpose(0, 1).reshape(Hkv, -1, n)], 2)
+        at_once = max(1, _SCORES_AT_ONCE.get(query.device.type, _SCORES_ELSEWHERE) // (Hq * (P + n)))
+        for start in range(0, T, at_once):
+            tokens = slice(start, start + at_once)
+            # The batch, and the heads of a group, folded into the queries: (Hkv, t * G, d) x (Hkv, d, P).
+            to_prefix = _by_group(query[tokens], Hkv) @ prefix_keys.mT
+            scores = torch.cat([to_prefix, _by_group(own_scores[tokens], Hkv)], 2)
             weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-            seen = (weights[..., :P] @ prefix_values).view(Hkv, len(q), -1, values.shape[3]).transpose(0, 1)
-            seen = seen + weights[..., P:].reshape(Hkv, len(q), -1, n).transpose(0, 1) @ values[rows]
-            out[rows] = seen.view(len(q), Hkv, -1, r, values.shape[3]).permute(0, 3, 1, 2, 4)
-        return out.flatten(2, 3)
+            out[tokens] = _by_head(weights[..., :P] @ prefix_values, Hq)
+            own_weights[tokens] = _by_head(weights[..., P:], Hq)
+        from_own = self._by_row(own_weights).reshape(B, Hkv, Hq // Hkv * r, n) @ values
+        out += self._by_token(from_own.view(B, Hq, r, -1))
+        return out[None]
+
+    def _by_row(self, tokens: Tensor) -> Tensor:
+        """`(T, h, x)` as `(B, h, r, x)`, with zeros where a row has less than r."""
+        B, r = int(self._place[0][-1]) + 1, self._hidden.shape[2]
+        rows = tokens.new_zeros(B, r, *tokens.shape[1:])
+        rows[self._place] = tokens
+        return rows.transpose(1, 2)
+
+    def _by_token(self, rows: Tensor) -> Tensor:
+        """`(B, h, r, x)` as `(T, h, x)`."""
+        return rows.transpose(1, 2)[self._place]
 
     def _with_own(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The row's own keys and values, the new ones among them: `(B, Hkv, n, d)`."""
+        """The rows' own keys and values, the new ones behind those before: `(B, Hkv, n, d)`."""
         if layer == len(self._own):
             self._own.append((key, value))
         else:
             keys, values = self._own[layer]
             self._own[layer] = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         return self._own[layer]
+
+
+def _by_group(tokens: Tensor, Hkv: int) -> Tensor:
+    """`(t, Hq, x)` as `(Hkv, t * G, x)`: the query heads of a group meet the same keys."""
+    t, Hq, x = tokens.shape
+    return tokens.reshape(t, Hkv, Hq // Hkv, x).transpose(0, 1).reshape(Hkv, -1, x)
+
+
+def _by_head(groups: Tensor, Hq: int) -> Tensor:
+    """`(Hkv, t * G, x)` as `(t, Hq, x)`."""
+    Hkv, _, x = groups.shape
+    return groups.reshape(Hkv, -1, Hq // Hkv, x).transpose(0, 1).reshape(-1, Hq, x)
 
 
 def _attend(
