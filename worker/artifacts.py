@@ -2,9 +2,9 @@
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,14 +47,14 @@ def write_predictions(
         suffixes = ["", "_confidence", "_label_probability", "_raw"]
         header += [method + suffix for suffix, column in zip(suffixes, columns[method], strict=True) if column]
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
+        write = _csv_writer(file)
+        write(header)
         for part in ("validation", "test"):
             for i in split.part(part):
                 label = table.labels.names[table.label_ids[i]]
-                known = [int(table.row_ids[i]), part, int(i in in_subset), table.texts[i], label]
+                known = [str(table.row_ids[i]), part, str(int(i in in_subset)), table.texts[i], label]
                 given = [column.get(int(i), "") for method in answers for column in columns[method] if column]
-                writer.writerow(known + given)
+                write(known + given)
 
 
 def flips(
@@ -78,9 +78,16 @@ def flips(
 
 def write_flips(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FLIP_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        write = _csv_writer(file)
+        write(FLIP_COLUMNS)
+        for row in rows:
+            write([row[column] for column in FLIP_COLUMNS])
+
+
+def _csv_writer(file: TextIO) -> Callable[[Sequence[str]], object]:
+    """Writes one row; Python's own leaves a lone carriage return unquoted, and would read it as the row's end."""
+    plain, quoted = (csv.writer(file, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    return lambda row: (quoted if any("\r" in cell for cell in row) else plain).writerow(row)
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Which of a job's methods are compared, on which rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from service.ml.evidence import Ids, PairedComparison, Rows, beats, compare, holm, withhold
@@ -57,10 +57,7 @@ def compare_all(answers: Mapping[str, MethodAnswers], n_labels: int, seed: int) 
     if methods[0] == "majority":
         pairs += [(dearer, "majority") for dearer in methods[1:-1]]
     found = holm([compare_methods(answers, dearer, cheaper, n_labels, seed) for dearer, cheaper in pairs])
-    unproven = {c.candidate for c in found if c.baseline == "majority" and c.verdict != "candidate_wins"}
-    if "majority" not in answers:
-        unproven = {method for method in methods if not beats_majority(method, answers)}
-    return withhold(found, unproven)
+    return withhold(found, unproven(answers, found))
 
 
 def compare_methods(
@@ -85,13 +82,14 @@ def own_rows(own: MethodAnswers) -> tuple[Ids, Ids, Ids | None]:
     return own.test_true_ids, own.test_ids, own.test_text_ids
 
 
-def beats_majority(method: str, answers: Mapping[str, MethodAnswers]) -> bool:
-    """Whether a method is shown to be better than a constant answer (exact McNemar, 0.05).
+def unproven(answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison]) -> set[str]:
+    """Methods not shown to beat a constant answer: by the verdicts against `majority`.
 
-    Where `majority` was not run, the constant is the most common true label of the method's own rows.
+    Where that was not run, the constant is the most common true label of a method's own rows (exact McNemar, 0.05).
     """
-    if "majority" not in answers:
-        true_ids, ids, text_ids = own_rows(answers[method])
-        return beats(true_ids, ids, text_ids=text_ids)
-    rows = shared_rows(answers[method], answers["majority"])
-    return beats(rows.true_ids, rows.ids, rows.other_ids, rows.text_ids)
+    if "majority" in answers:
+        return {c.candidate for c in comparisons if c.baseline == "majority" and c.verdict != "candidate_wins"}
+    alone = {method: own_rows(own) for method, own in answers.items()}
+    return {
+        method for method, (true_ids, ids, text_ids) in alone.items() if not beats(true_ids, ids, text_ids=text_ids)
+    }

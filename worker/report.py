@@ -37,7 +37,8 @@ def render(
     Args:
         metrics: The contract's `metrics.json`.
         summary: The job's `headline`, `recommendation` and `methods`.
-        notes: `job_name`, `dataset_name`, `warnings` (each `code`, `message`, `count`, `rows`), `messages`, `spec`.
+        notes: `job_name`, `dataset_name`, `warnings` (each `code`, `message`, `count`, `rows`), `messages`, `spec`,
+            `unproven` (methods not shown to beat a constant answer).
         flips: The rows of `flips.csv`.
     """
     methods = metrics["methods"]
@@ -73,7 +74,6 @@ def render(
         overtaking=_overtaking(metrics) if metrics["learning_curve"] else None,
         plots=_plots(metrics, ladder, intervals, recommended, calibrated),
         calibration_errors=[(method, of["expected_calibration_error"]) for method, of in calibrated.items()],
-        unproven=_unproven(metrics["comparison"]),
         spec=json.dumps(notes["spec"], indent=2, ensure_ascii=False),
     )
 
@@ -192,8 +192,3 @@ def _plots(
 def _shade(count: int, of: int) -> int:
     """Depth of a cell, 0 to 5: the share of its true label's rows in fifths, rounded up."""
     return -(-5 * count // of) if of else 0
-
-
-def _unproven(comparisons: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Methods compared with `majority` and not shown to beat it: no win of theirs counts."""
-    return {c["candidate"] for c in comparisons if c["baseline"] == "majority" and c["verdict"] != "candidate_wins"}

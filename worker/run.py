@@ -34,7 +34,7 @@ from service.ml.evidence import same_texts
 from service.ml.manifest import FILE as MANIFEST
 from service.ml.manifest import Manifest, sha256_of
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
-from worker.compare import COST_ORDER, MethodAnswers, compare_all
+from worker.compare import COST_ORDER, MethodAnswers, compare_all, unproven
 from worker.learning_curve import TRAINED, LearningCurve, main_part
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
@@ -198,7 +198,9 @@ class Experiment:
             except EndpointUnavailable as error:
                 if not self.answers and not self.spec.trains and self.spec.baseline.methods[-1] == "zero_shot":
                     raise  # there is nothing else to judge
-                self._say(f"{name} is left out. {error.detail} {error.hint}", "warning")
+                left_out = " and ".join(other for other in prompted if other not in self.answers)
+                self._say(f"{left_out}: left out. {error.detail} {error.hint}", "warning")
+                break
             finally:
                 if self.remote is not None:
                     self._say(f"{name}: {self.remote.account()}", "info")
@@ -283,7 +285,7 @@ class Experiment:
         }  # fmt: skip
         self.reporter.progress(0.6, "comparing the methods", always=True)
         comparisons = compare_all(judged, len(labels), self.spec.seed)
-        recommendation = recommend(judged, self.spec.margin, len(labels), self.spec.seed)
+        recommendation = recommend(judged, comparisons, self.spec.margin, len(labels), self.spec.seed)
         metrics = self._figures(methods, [asdict(comparison) for comparison in comparisons])
         summary = {
             "headline": headline(recommendation, judged, comparisons),
@@ -297,7 +299,7 @@ class Experiment:
         notes = {
             "job_name": self.spec.name or self.job.job_id, "dataset_name": self.job.dataset.get("name", "dataset"),
             "warnings": self.job.dataset.get("warnings", []), "messages": self.messages,
-            "spec": self.spec.model_dump(),
+            "spec": self.spec.model_dump(), "unproven": unproven(judged, comparisons),
         }  # fmt: skip
         (self.out / "report.html").write_text(render(metrics, summary, notes, changed), encoding="utf-8")
         return summary

@@ -12,10 +12,10 @@ from worker.compare import (
     COST_ORDER,
     PLAIN_NAMES,
     MethodAnswers,
-    beats_majority,
     compare_methods,
     own_rows,
     shared_rows,
+    unproven,
 )
 
 
@@ -43,13 +43,17 @@ def best_method(answers: Mapping[str, MethodAnswers]) -> str:
     return max(finalists, key=lambda m: _share_right(answers[m].subset_true_ids, answers[m].subset_ids))
 
 
-def recommend(answers: Mapping[str, MethodAnswers], margin: float, n_labels: int, seed: int) -> Recommendation:
+def recommend(
+    answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison], margin: float, n_labels: int,
+    seed: int,
+) -> Recommendation:  # fmt: skip
     """The cheapest method shown to be not worse than the best one by more than `margin`, else the best one.
 
     Shown: the paired 95 % interval of its accuracy minus the best's, on the largest rows both were run on, lies above
     -margin, and the distinct texts are enough for that to mean something (`rows_to_exclude`).
 
-    `answers` go by names of `COST_ORDER`; `margin` is the accuracy, 0 to 0.5, that may be given up for less cost.
+    `answers` go by names of `COST_ORDER`, `comparisons` are `compare_all`'s of them; `margin` is the accuracy, 0 to
+    0.5, that may be given up for less cost.
     """
     best = best_method(answers)
     cheaper = [method for method in COST_ORDER[: COST_ORDER.index(best)] if method in answers]
@@ -72,7 +76,7 @@ def recommend(answers: Mapping[str, MethodAnswers], margin: float, n_labels: int
             reason += f" {_too_few_rows([trial], margin, answers)}"
     if method == "majority":
         reason += " It gives every row the same label: where the rarer labels matter, look at macro-F1 first."
-    elif not beats_majority(method, answers):
+    elif method in unproven(answers, comparisons):
         reason += f" It is not shown to beat {PLAIN_NAMES['majority']}, so do not rely on it yet."
     return Recommendation(method, _capitalised(reason), margin)
 
@@ -89,7 +93,7 @@ def headline(
     score = f"{PLAIN_NAMES[method]} is right on {_right(answers[method])}"
     if method == "majority":
         return f"No method pays off here: {score}, and none is shown to gain more than {_points(margin)} over that."
-    if not beats_majority(method, answers):
+    if method in unproven(answers, comparisons):
         return f"Nothing is proven yet: {score}, which is not shown to be better than {PLAIN_NAMES['majority']}."
     if len(answers) == 1:
         return _capitalised(f"{score}; no other method was run to compare it with.")

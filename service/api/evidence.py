@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from service.api.context import Context, Ctx, Limit
 from service.api.jobs import artifact_of
-from service.api.schemas import ComparedMethodOut, CompareOut, FlipOut, Page, SplitOut
+from service.api.schemas import ComparedMethodOut, ComparedSplitOut, CompareOut, FlipOut, Page
 from service.core.errors import Conflict, InvalidInput, NotFound
 from service.db import jobs as queue
 from service.db.models import Artifact
@@ -37,7 +37,6 @@ class Entrant:
         dataset: sha256 of the dataset's bytes.
         split: What made the test rows, and the sha256 of split.csv.
         labels: All of the dataset's, by id.
-        row_ids: `(N,)`.
         true_ids: `(N,)`.
         ids: `(N,)` answers; -1 is none.
         text_ids: `(N,)`, equal where the texts are.
@@ -47,9 +46,8 @@ class Entrant:
     name: str
     figures: ComparedMethodOut
     dataset: str
-    split: SplitOut
+    split: ComparedSplitOut
     labels: list[str]
-    row_ids: Ids
     true_ids: Ids
     ids: Ids
     text_ids: Ids
@@ -92,22 +90,30 @@ def compare_jobs(
     """
     names = jobs.split(",")
     if not 2 <= len(set(names)) == len(names) <= MAX_COMPARED:
-        raise InvalidInput(
-            f"Expected 2 to {MAX_COMPARED} different jobs by comma, like ?jobs=job_a,job_b; found {len(names)}, "
-            f"{len(set(names))} of them different.",
-            errors=[{"loc": ["jobs"], "message": f"expected 2 to {MAX_COMPARED} different jobs"}],
-        )
-    first, *others = [_entrant(ctx, name) for name in names]
+        raise _expected_different(f"found {len(names)}, {len(set(names))} of them different")
+    entrants = [_entrant(ctx, name) for name in names]
+    if len({entrant.name for entrant in entrants}) < len(names):
+        raise _expected_different("found one twice, by its name and as its job's own choice")
+    first, *others = entrants
     for other in others:
         _refuse_other_rows(first, other)
     comparison = holm([_compare(other, first) for other in others])
     unproven = {
-        e.name for e in (first, *others) if not beats(e.true_ids[e.asked], e.ids[e.asked], None, e.text_ids[e.asked])
+        e.name
+        for e in entrants
+        if not (e.name.endswith("/majority") or beats(e.true_ids[e.asked], e.ids[e.asked], None, e.text_ids[e.asked]))
     }
     return CompareOut(
         dataset_sha256=first.dataset, split=first.split, methods={e.name: e.figures for e in (first, *others)},
         comparison=withhold(comparison, unproven),
     )  # fmt: skip
+
+
+def _expected_different(found: str) -> InvalidInput:
+    return InvalidInput(
+        f"Expected 2 to {MAX_COMPARED} different jobs by comma, like ?jobs=job_a,job_b; {found}.",
+        errors=[{"loc": ["jobs"], "message": f"expected 2 to {MAX_COMPARED} different jobs"}],
+    )
 
 
 def _compare(candidate: Entrant, baseline: Entrant) -> PairedComparison:
@@ -156,7 +162,7 @@ def _entrant(ctx: Context, name: str) -> Entrant:
         metrics: dict[str, Any] = json.loads(b"".join(ctx.storage.chunks(files["metrics.json"].storage_key)))
         with contextlib.closing(_records(ctx, files["predictions.csv"])) as records:
             rows = [
-                (int(row["row_id"]), row["label"], row[method], row["text"], row["in_baseline_subset"] == "1")
+                (row["label"], row[method], row["text"], row["in_baseline_subset"] == "1")
                 for row in records
                 if row["split"] == "test"
             ]
@@ -164,13 +170,13 @@ def _entrant(ctx: Context, name: str) -> Entrant:
         raise Conflict(f"{job_id} has no predictions any more; they went with its dataset.") from None
     labels: list[str] = metrics["labels"]
     number = {label: i for i, label in enumerate(labels)} | {"": -1}
-    row_ids, true, given, texts, in_subset = zip(*rows, strict=True)
+    true, given, texts, in_subset = zip(*rows, strict=True)
     figures = ComparedMethodOut(**summary["methods"][method])
-    split = SplitOut(
+    split = ComparedSplitOut(
         algorithm=metrics["split"]["algorithm"], seed=metrics["split"]["seed"], sha256=files["split.csv"].sha256
     )
     return Entrant(
-        f"{job_id}/{method}", figures, metrics["dataset"]["sha256"], split, labels, np.array(row_ids),
+        f"{job_id}/{method}", figures, metrics["dataset"]["sha256"], split, labels,
         np.array([number[label] for label in true]), np.array([number[label] for label in given]), same_texts(texts),
         np.array(in_subset) | (figures.on == "test"),
     )  # fmt: skip

@@ -216,12 +216,25 @@ def _submit(ctx: Context, spec: JobSpec) -> JobOut:
     with ctx.db.write() as session:
         dataset = catalog.get_dataset(session, spec.dataset_id)
         refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
+        _refuse_unknown_labels(spec, {label["label"] for label in dataset.profile["labels"]})
         spec = spec.model_copy(update={"name": spec.name or dataset.name})
         job = jobs.submit(
             session, kind=spec.kind, name=spec.name or dataset.name, dataset_id=dataset.id,
             spec=spec.model_dump(exclude={"model", "metadata", "dataset_id"}), metadata=spec.metadata, now=ctx.clock(),
         )  # fmt: skip
         return _job_out(session, job)
+
+
+def _refuse_unknown_labels(spec: JobSpec, labels: set[str]) -> None:
+    unknown = sorted(spec.baseline.label_descriptions.keys() - labels)
+    if unknown:
+        raise InvalidInput(
+            f"baseline.label_descriptions describes {len(unknown)} labels that the dataset does not have. Spell them "
+            "as the dataset does; GET /datasets/{id} lists them.",
+            errors=[
+                {"loc": ["baseline", "label_descriptions", label], "message": "no such label"} for label in unknown[:50]
+            ],
+        )
 
 
 def artifact_of(ctx: Context, job_id: str, name: str) -> Artifact:

@@ -47,7 +47,7 @@ class PreflightIn(SplitSpec):
         )
 
 
-class SplitOut(BaseModel):
+class SplitSizesOut(BaseModel):
     algorithm: str
     seed: int
     n_train: int
@@ -59,7 +59,7 @@ class PreflightOut(BaseModel):
     """`warnings` are those of the upload and what the split adds to them; `eta` is by method."""
 
     dataset_id: str
-    split: SplitOut
+    split: SplitSizesOut
     warnings: list[WarningOut]
     near_duplicates: NearDuplicates
     truncation: Truncation | None
@@ -82,7 +82,7 @@ def preflight(ctx: Ctx, dataset_id: str, asked: Annotated[PreflightIn, Query()])
     sizes = {f"n_{part}": n for part, n in found.work.rows.items()}
     return PreflightOut(
         dataset_id=dataset_id,
-        split=SplitOut(algorithm=found.algorithm, seed=asked.seed, **sizes),
+        split=SplitSizesOut(algorithm=found.algorithm, seed=asked.seed, **sizes),
         warnings=[WarningOut(**warning) for warning in (*dataset.profile["warnings"], *map(asdict, found.warnings))],
         near_duplicates=found.near_duplicates,
         truncation=found.truncation,
@@ -100,7 +100,7 @@ def _look_in_a_process_of_its_own(*arguments: Any) -> Preflight:
             return process.submit(look, *arguments).result()
     except FileNotFoundError:
         raise NotFound("The dataset has just been deleted.") from None
-    except BrokenProcessPool:
+    except (BrokenProcessPool, MemoryError):
         raise OutOfMemory("The preflight was lost, most likely for want of memory. Free some, or ask again.") from None
     finally:
         _one_at_a_time.release()

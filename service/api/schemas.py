@@ -147,7 +147,7 @@ class FlipOut(BaseModel):
     flip: Literal["fixed", "broken"]
 
 
-class SplitOut(BaseModel):
+class ComparedSplitOut(BaseModel):
     algorithm: str
     seed: int
     sha256: str
@@ -164,7 +164,7 @@ class CompareOut(BaseModel):
     """Jobs side by side; `methods` and the two sides of each comparison are named `job_id/method`."""
 
     dataset_sha256: str
-    split: SplitOut
+    split: ComparedSplitOut
     methods: dict[str, ComparedMethodOut]
     comparison: list[PairedComparison]
 

@@ -29,8 +29,8 @@ class Endpoint(BaseModel):
         input_price_per_million: Per million prompt tokens, in a currency of the operator's choice.
         output_price_per_million: Per million answered tokens.
         max_concurrency: Most calls at a time.
-        timeout_seconds: For one call.
-        max_retries: Of one call, after 408, 409, 429, 5xx, a timeout or a lost connection.
+        timeout_seconds: Of silence in one try; a call is ended when its tries have taken as long as all may.
+        max_retries: Of one call, after 408, 409, 429, 5xx, a timeout, a lost connection or nonsense.
         max_answer_tokens: Where an answer is cut; models that think before they answer need more.
         budget_tokens: After so many tokens no further text of the run is sent.
         budget_cost: The same, in the prices' currency.

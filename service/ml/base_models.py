@@ -105,7 +105,10 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
         ModelUnavailable: the files cannot be had, or are not the ones that were pinned.
     """
     if base.repo is not None:
-        return Located(base, _from_hub(base, download), base.revision)
+        folder = _from_hub(base, download)
+        if base.weights_sha256 not in (None, weights_sha256(folder)):
+            raise _not_the_pinned(base, ["the weights"])
+        return Located(base, folder, base.revision)
     folder = base.folder or _embedded_folder()
     try:
         revision = f"sha256:{weights_sha256(folder)}"
@@ -123,7 +126,7 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
 
 
 def pull(base: BaseModel) -> Located:
-    """`locate`, then every file against the hash the hub has for it, and the weights against ours where there is one.
+    """`locate`, then every file against the hash the hub has for it.
 
     Raises:
         ModelUnavailable: the files cannot be had or checked, or are not the ones that were pinned.
@@ -137,16 +140,17 @@ def pull(base: BaseModel) -> Located:
         checked = HfApi().verify_repo_checksums(base.repo, revision=base.revision)
     except Exception as error:
         raise _unavailable(base) from error
-    wrong = {mismatch["path"] for mismatch in checked.mismatches}
-    if base.weights_sha256 not in (None, weights_sha256(located.folder)):
-        wrong.add("the weights")
-    if wrong:
-        raise ModelUnavailable(
-            f"Of base model {base.name!r} ({base.repo} at {base.revision[:12]}), these are not the pinned files: "
-            f"{', '.join(sorted(wrong))}.",
-            hint=f"Delete it with `hf cache rm model/{base.repo}`, then pull it again.",
-        )
+    if checked.mismatches:
+        raise _not_the_pinned(base, sorted(mismatch["path"] for mismatch in checked.mismatches))
     return located
+
+
+def _not_the_pinned(base: BaseModel, files: list[str]) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"Of base model {base.name!r} ({base.repo} at {base.revision[:12]}), these are not the pinned files: "
+        f"{', '.join(files)}.",
+        hint=f"Delete it with `hf cache rm model/{base.repo}`, then pull it again.",
+    )
 
 
 def weights_sha256(folder: Path) -> str:

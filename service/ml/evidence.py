@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
 from scipy.special import betainc, ndtri
 
 from service.ml.findings import fold
@@ -223,11 +224,11 @@ def _bootstrap(
     counted = Counter(tuple(sorted(rows)) for rows in rows_of.values())
     counts = np.array(list(counted.values()))  # (C,)
     n, C = len(rows_of), len(counts)
-    starts = np.cumsum([0, *map(len, counted)])[:-1]
-    truth, candidate, baseline = np.array([row for kind in counted for row in kind]).T
-    size = np.add.reduceat(np.ones(len(truth)), starts)
-    gained = np.add.reduceat(1.0 * (candidate == truth) - (baseline == truth), starts)
-    sides = [[np.add.reduceat(terms, starts) for terms in _f1_terms(truth, ids, K)] for ids in (candidate, baseline)]
+    kind = np.repeat(np.arange(C), [len(rows) for rows in counted])
+    truth, candidate, baseline = np.array([row for rows in counted for row in rows]).T
+    size = np.bincount(kind)
+    gained = np.bincount(kind, 1.0 * (candidate == truth) - (baseline == truth))
+    sides = [_f1_terms(kind, truth, ids, (C, K)) for ids in (candidate, baseline)]
     rng, step = np.random.default_rng(seed), max(1, COUNTS_AT_A_TIME // max(C, K))
     sizes = (min(step, resamples - start) for start in range(0, resamples, step))
     accuracy, macro_f1 = [], []
@@ -238,15 +239,15 @@ def _bootstrap(
     return np.concatenate(accuracy), np.concatenate(macro_f1)
 
 
-def _f1_terms(truth: Ids, predicted: Ids, K: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What a row adds to every label's true positives, and to its support + predictions; `(R, K)` each."""
-    is_true, is_predicted = truth[:, None] == np.arange(K), predicted[:, None] == np.arange(K)
-    return 1.0 * (is_true & is_predicted), 1.0 * is_true + is_predicted
+def _f1_terms(kind: Ids, truth: Ids, predicted: Ids, shape: tuple[int, int]) -> tuple[csr_array, csr_array]:
+    """What a text of each kind adds to every label's true positives, and to support + predictions; `(C, K)` each."""
+    hit, given = predicted == truth, predicted >= 0
+    hits = csr_array((np.ones(hit.sum()), (kind[hit], truth[hit])), shape)
+    labels, kinds = np.concatenate([truth, predicted[given]]), np.concatenate([kind, kind[given]])
+    return hits, csr_array((np.ones(len(labels)), (kinds, labels)), shape)
 
 
-def _macro_f1(
-    weights: NDArray[np.float64], hits: NDArray[np.float64], totals: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _macro_f1(weights: NDArray[np.float64], hits: csr_array, totals: csr_array) -> NDArray[np.float64]:
     """`(B,)` from `(B, C)` counts; F1 = 2·hits / (support + predictions), 0 for a label with neither."""
     return np.asarray((2 * (weights @ hits) / np.maximum(weights @ totals, 1)).mean(axis=1))
 

@@ -34,11 +34,15 @@ N = 240
 Leave = Callable[..., str]
 
 
+BREAKS = ("\n", "\r", "\r\n")
+
+
 def table(n: int = N, seed: int = 0) -> Table:
     """Texts of which some are equal once folded, with line breaks, commas and quotes in them."""
     rng = np.random.default_rng(seed)
     texts = tuple(
-        f'Text {i % (n - 20)},\n"said" he' if i < n - 20 else f'TEXT {i % (n - 20)}, "said"  he' for i in range(n)
+        f'Text {i % (n - 20)},{BREAKS[i % 3]}"said" he' if i < n - 20 else f'TEXT {i % (n - 20)}, "said"  he'
+        for i in range(n)
     )
     return Table(np.arange(n) * 2, texts, rng.integers(0, len(LABELS), n), LABELS, np.array([1, 3]))
 

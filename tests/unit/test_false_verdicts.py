@@ -90,7 +90,7 @@ def experiment(
         for name, given in ids.items()
     }
     comparisons = compare_all(answers, K, seed)
-    recommendation = recommend(answers, MARGIN, K, seed)
+    recommendation = recommend(answers, comparisons, MARGIN, K, seed)
     return Told(comparisons, recommendation, headline(recommendation, answers, comparisons))
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from service.core.errors import ModelUnavailable
+from service.core.errors import InvalidData, ModelUnavailable
 from service.ml.adapter import load_adapter
 from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
@@ -23,7 +25,7 @@ from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import C_GRID, FrozenBase, fit_probe
 from worker.methods.majority import Majority
 from worker.methods.prompts import PromptTemplate, parse_answer
-from worker.methods.protocol import Rows
+from worker.methods.protocol import Rows, silent
 from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Prompted, PromptedModel, Similarity, draw_examples
 from worker.predictions import NO_ANSWER
@@ -326,3 +328,14 @@ def test_an_encoder_cannot_be_prompted(tiny_models, tmp_path):
         PromptedModel(broken, CPU)
     assert refused.value.hint
     assert str(tmp_path) not in refused.value.detail
+
+
+@pytest.mark.parametrize("decoding", ["free", "constrained"])
+def test_a_prompt_longer_than_the_model_reads_is_refused_with_what_to_do(tiny_models, decoding):
+    located = locate(find_base(QWEN3, tiny_models))
+    short = replace(located, base=replace(located.base, max_length=40))
+    model = PromptedModel(short, CPU, decoding)
+    with pytest.raises(InvalidData, match=r"takes \d+ tokens, and .* reads 40") as refused:
+        model.answer([("Sort.", "a word " * 40)], ["refund", "fee"], silent)
+    assert "few_shot" in refused.value.hint
+    assert len(model.answer([("Sort.", "a")], ["refund", "fee"], silent)[0]) == 1

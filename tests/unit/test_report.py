@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from worker.compare import MethodAnswers, compare_all
+from worker.compare import MethodAnswers, compare_all, unproven
 from worker.metrics import score
 from worker.predictions import Predictions
 from worker.report import MATRIX_LIMIT, most_confused, render
@@ -67,7 +67,7 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
             methods[method] |= {"test": score(predictions, true_ids, labels)}
         answers[method] = MethodAnswers(true_ids, true_ids[half], None if prompted else ids, ids[half])
     comparisons = compare_all(answers, K, 0)
-    recommendation = recommend(answers, 0.02, K, 0)
+    recommendation = recommend(answers, comparisons, 0.02, K, 0)
     metrics = {
         "schema_version": 1,
         "job_id": "job_1",
@@ -105,6 +105,7 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
         "warnings": [{"code": "duplicate_text", "message": "12 rows repeat a text.", "count": 12, "rows": [3, 17]}],
         "messages": ["The prompt model is Qwen/Qwen3-0.6B."],
         "spec": {"kind": "experiment", "seed": 7},
+        "unproven": unproven(answers, comparisons),
     }
     return metrics, summary, notes
 

@@ -96,7 +96,7 @@ def parse_answer(raw: str, labels: Sequence[str]) -> Answer:
 def _labels_inside(text: str, folded: dict[str, list[str]]) -> list[str]:
     """Labels that stand in the text as whole words, the longest first so that parts of them do not count again."""
     found: list[str] = []
-    for key in sorted((key for key in folded if key), key=len, reverse=True):
+    for key in sorted((key for key in folded if key and key in text), key=len, reverse=True):
         pattern = rf"(?<!\w){re.escape(key)}(?!\w)"
         if re.search(pattern, text):
             found += folded[key]

@@ -108,6 +108,8 @@ class RemoteModel:
         self._whole, self._last = _Tally(), _Tally()
         if endpoint.api_key_env and self._key is None:
             raise self._failed(f"needs a key, and the worker's environment has none in {endpoint.api_key_env}", 401)
+        if self._key is not None and not self._key.get_secret_value().isascii():
+            raise self._failed("has a key that is not plain ASCII; it may have been pasted with a quotation mark", 401)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -218,18 +220,13 @@ class RemoteModel:
         try:
             # The client's own limit is for each silence; a server that keeps the line busy is ended by this one.
             with anyio.fail_after(tries * self.endpoint.timeout_seconds + (tries - 1) * _LONGEST_WAIT_SECONDS):
-                answer = await client.chat.completions.with_raw_response.create(
-                    model=self.endpoint.model, temperature=0, seed=self.seed, max_tokens=max_tokens,
-                    extra_headers=self._headers,
-                    messages=[{"role": "system", "content": prompt[0]}, {"role": "user", "content": prompt[1]}],
-                )  # fmt: skip
-            completion = _Completion.model_validate_json(answer.content)
+                completion = await self._completion(client, prompt, max_tokens)
         except BadRequestError:
             raise
         except APIStatusError as error:
             raise self._failed(f"answered with status {error.status_code}", error.status_code) from error
         except (APITimeoutError, TimeoutError) as error:
-            raise self._failed(f"did not answer within {self.endpoint.timeout_seconds:g} s") from error
+            raise self._failed("did not answer in time (timeout_seconds)") from error
         except APIConnectionError as error:
             raise self._failed("cannot be reached, or hung up") from error
         except ValidationError as error:
@@ -238,6 +235,21 @@ class RemoteModel:
             raise self._failed("reports no token counts, so that its budget cannot be kept")
         self._whole.add(completion.usage)
         return completion
+
+    async def _completion(self, client: AsyncOpenAI, prompt: tuple[str, str], max_tokens: int) -> _Completion:
+        """A well-formed answer; a proxy's hiccup that comes as a 200 is asked again, as the client does with a 5xx."""
+        for left in range(self.endpoint.max_retries, -1, -1):
+            answer = await client.chat.completions.with_raw_response.create(
+                model=self.endpoint.model, temperature=0, seed=self.seed, max_tokens=max_tokens,
+                extra_headers=self._headers,
+                messages=[{"role": "system", "content": prompt[0]}, {"role": "user", "content": prompt[1]}],
+            )  # fmt: skip
+            try:
+                return _Completion.model_validate_json(answer.content)
+            except ValidationError:
+                if not left:
+                    raise
+        raise AssertionError  # the last try returns or raises
 
     def _budget_is_spent(self) -> bool:
         tokens, cost = self._whole.prompt_tokens + self._whole.completion_tokens, self._whole.cost(self.endpoint)

@@ -4,13 +4,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from service.core.errors import ModelUnavailable
+from service.core.errors import InvalidData, ModelUnavailable
 from service.core.spec import Decoding
 from service.ml.base_models import Located
 from service.ml.device import DTYPES, training_precision
@@ -83,7 +84,7 @@ class PromptedModel:
                 hint="Name a model whose config.json says …ForCausalLM, with undamaged safetensors and a tokenizer.",
             ) from error
         self.model = model.to(device).eval()
-        self.name = source.base.name
+        self.name, self.max_length = source.base.name, source.base.max_length
         self.decoding = decoding
         self.facts = {"prompt_model": source.base.name, "revision": source.revision, "decoding": decoding}
         ends = model.generation_config.eos_token_id
@@ -135,6 +136,12 @@ class PromptedModel:
         self, prompts: Sequence[tuple[str, str]], labels: Sequence[str], on_progress: OnProgress
     ) -> tuple[list[str], None]:
         ids, n = [self.encode_prompt(system, user) for system, user in prompts], len(prompts)
+        longest = max(map(len, ids)) + self.label_tokens(labels)
+        if longest > self.max_length:
+            raise InvalidData(
+                f"A prompt with its answer takes {longest} tokens, and {self.name!r} reads {self.max_length}.",
+                hint="Lower baseline.few_shot or train.max_length, shorten label_descriptions, or name another model.",
+            )
 
         def done(finished: int) -> None:
             on_progress(finished / n, f"{self.name} answered {finished}/{n} prompts")
@@ -185,9 +192,11 @@ class Prompted:
 
     def messages(self, text: str) -> tuple[str, str]:
         """System and user message for one text."""
-        most = self.max_text_tokens
-        examples = [(self.model.cut(example, most), label) for example, label in self.examples]
-        return self.template.fill(self.labels.names, self.model.cut(text, most), examples)
+        return self.template.fill(self.labels.names, self.model.cut(text, self.max_text_tokens), self._cut_examples)
+
+    @cached_property
+    def _cut_examples(self) -> list[tuple[str, str]]:
+        return [(self.model.cut(example, self.max_text_tokens), label) for example, label in self.examples]
 
     def predict(self, texts: Sequence[str], on_progress: OnProgress = silent) -> Predictions:
         start = time.perf_counter()
