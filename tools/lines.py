@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-BUDGET = 9_000
+BUDGET = 9_500
 """Lines of code: docstrings say what a caller must know, and are not what a budget should make dearer (decision 12)."""
 ROOT = Path(__file__).parent.parent
 ROOMS = ("tuneproof", "service", "worker", "migrations", "tools", "benchmarks", "tests")
