@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import socket
 import sys
 import tempfile
 from datetime import timedelta
@@ -51,11 +52,23 @@ def serve(given: argparse.Namespace) -> int:
                 f"Refusing to listen on {settings.host}: no API key exists, so anybody could read your data. Make one "
                 "with `tuneproof keys create --name me --scope admin`, or set TUNEPROOF_BOOTSTRAP_KEY."
             )
+    _refuse_taken_port(settings.host, settings.port)
     uvicorn.run(
         create_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False,
         timeout_graceful_shutdown=25, server_header=False,
     )  # fmt: skip
     return 0
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise RuntimeError(
+            f"Cannot listen on {host}, port {port}: {error.strerror}. Stop what listens there, or choose another port "
+            "with --port or TUNEPROOF_PORT."
+        ) from error
 
 
 def migrate_database(given: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ EXAMPLE = "support_tickets.csv"
 NEW_TEXTS = [
     "I was charged twice for my subscription this month, please send one payment back.",
     "Every time I open the settings on my phone, the app closes by itself.",
-    "how do i change the adress of an order that has not been shipped yet",
+    "my parcel shoud have come on monday, where is it??",
 ]
 KEPT = ("report.html", "metrics.json", "predictions.csv", "split.csv", "manifest.json")
 PROMPT_METHODS = {"zero_shot_prompt", "few_shot_prompt"}

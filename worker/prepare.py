@@ -103,7 +103,13 @@ def _find_prompt_model(
     if endpoint_name(name) is not None:
         return None
     if name != "auto":
-        source = locate(find_base(name, models_dir))
+        try:
+            source = locate(find_base(name, models_dir))
+        except ModelUnavailable as error:
+            raise ModelUnavailable(
+                f"Prompt model {name!r} cannot be had.",
+                hint=f"`tuneproof models pull {name}` fetches it from its hub; or leave prompt_model at 'auto'.",
+            ) from error
         if not source.base.generative:
             raise InvalidData(
                 f"Prompt model {name!r} has no language-model head, so it cannot be prompted.",

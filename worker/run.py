@@ -126,6 +126,8 @@ class Experiment:
             for rows in (self.split.train, self.split.validation, self.split.test)
         )
         self.reporter.spec(self.spec.model_dump())
+        for found in self.job.dataset.get("warnings", []):
+            self.reporter.event("message", f"{found['message']} ({found['count']:,} rows)", found, level="warning")
         write_split(self.out / "split.csv", self.table, self.split)
         self.dtype = DTYPES[serving_precision(self.device)]
         backbone = load_backbone(ready.base, device=self.device, dtype=self.dtype)

@@ -65,7 +65,7 @@ def recommend(
         reason = f"{_named(method)} is the cheapest method shown to lose no more than {_points(margin)} of accuracy "
         reason += f"against the best one, {_named(best)}: {_side_by_side(shown, answers)}."
     else:
-        place = "has the highest accuracy" if len(answers) > 1 else "is the only method run"
+        place = "is right most often" if len(answers) > 1 else "is the only method run"
         reason = f"{_named(best)} {place}, right on {_right(answers[best])}"
         reason += f", and no cheaper method is shown to come within {_points(margin)} of it." if cheaper else "."
     if undecided:
@@ -115,7 +115,7 @@ def headline(
         opening = f"fine-tuning buys nothing here{prompting}: "
     is_best = method == best_method(answers)
     place = (
-        "the highest of all methods on those rows"
+        "no other method run is right on more of those"
         if is_best
         else f"shown to be at most {_points(margin)} behind the best"
     )

@@ -104,7 +104,7 @@ def look(
     sample = np.arange(0, len(parts), stride)
     warnings = [_missing_labels(table, split)]
     near, near_rows = _near_duplicates(table, parts, sample)
-    message = "Rows have almost the text of a row in another part of the split; test figures will flatter."
+    message = "Rows have almost the text of a row in another part of the split; figures on the later part will flatter."
     warnings.append(warn("near_duplicate_across_parts", message, near_rows))
     truncation, tokens = None, None
     try:

@@ -414,8 +414,10 @@ def test_up_migrates_first_and_starts_nothing_where_that_fails(
     assert [list(commands) for commands in started] == ([["api", "worker"]] if migrated == 0 else [])
 
 
+# Run in the background by a shell, the tests have been told to ignore Ctrl-C, and what they start inherits that.
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tuneproof.processes import run_together
 commands = {str(n): [sys.executable, "-c", program] for n, program in enumerate(sys.argv[2:])}
 sys.exit(run_together(commands, grace_seconds=float(sys.argv[1])))
