@@ -18,6 +18,7 @@ from matplotlib.ticker import PercentFormatter
 # Stand-ins for the page's colours, which change between light and dark.
 _INK, _SOFT, _LINE, _ACCENT = "#010101", "#020202", "#030303", "#040404"
 _PAGE_COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _LINE: "var(--line)", _ACCENT: "var(--accent)"}
+LEAST_ROWS_OF_A_BIN = 5
 _MARKS = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:")
 _RC: Any = {
     "svg.fonttype": "none",
@@ -100,17 +101,17 @@ def learning_curve(points: Sequence[Mapping[str, Any]], names: Mapping[str, str]
         for m, c in curves.items()
     ]
     said += [f"{names[method]}: {accuracy:.1%} without training" for method, accuracy in prompts.items()]
-    return _svg("learning", "Accuracy over the number of train rows", "; ".join(said), draw, (7.6, 4.2))
+    return _svg("learning", "Accuracy over the number of train rows", "; ".join(said), draw, (7.6, 5.2))
 
 
 def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str]) -> str:
-    """Share right over mean confidence, a point per bin; on the diagonal a method is as right as it says.
+    """Share right over mean confidence, by bins of enough rows; on the diagonal a method is as right as it says.
 
     Args:
         bins: By method, `calibration.bins` of metrics.json.
         names: Plain names by method.
     """
-    filled = {method: [one for one in of if one["n"]] for method, of in bins.items()}
+    filled = {method: [one for one in of if one["n"] >= LEAST_ROWS_OF_A_BIN] for method, of in bins.items()}
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=_LINE, linewidth=3, label="as right as it says")
@@ -125,7 +126,7 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[
         f"{names[m]}: " + ", ".join(f"{o['accuracy']:.0%} right at {o['mean_confidence']:.0%}" for o in of)
         for m, of in filled.items()
     )
-    return _svg("reliability", "Share right over confidence", "; ".join(said), draw, (5.2, 4.6))
+    return _svg("reliability", "Share right over confidence", "; ".join(said), draw, (5.2, 5.8))
 
 
 def coverage(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str]) -> str:
@@ -149,14 +150,14 @@ def coverage(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[s
         f"{names[m]}: " + ", ".join(f"{o['accuracy']:.1%} right of {o['coverage']:.0%}" for o in of[::4])
         for m, of in answered.items()
     )
-    return _svg("coverage", "Share right over the share of rows answered", "; ".join(said), draw, (5.2, 4.6))
+    return _svg("coverage", "Share right over the share of rows answered", "; ".join(said), draw, (5.2, 5.8))
 
 
 def _share_axis(axes: Axes, name: str) -> None:
     axes.set_ylabel(name)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid()
-    axes.legend(loc="best")
+    axes.figure.legend(loc="outside lower center")
 
 
 def _svg(name: str, title: str, description: str, draw: Any, size_inches: tuple[float, float]) -> str:

@@ -48,7 +48,7 @@ def render(
     rows, figures = _widest(methods[recommended])
     other, label_part = _counterpart(recommended, metrics["comparison"], methods) or (None, rows)
     calibrated = {
-        method: figures for method, _rows, figures in ladder if figures["n"] and "calibration" in figures
+        method: figures for method, _rows, figures in ladder if figures["n"] and "temperature" in figures
     }  # fmt: skip
     return _TEMPLATES.get_template("report.html").render(
         metrics=metrics,
@@ -69,6 +69,7 @@ def render(
         shade=_shade,
         confused=most_confused(figures["confusion_matrix"], metrics["labels"]),
         label_part=label_part,
+        least_rows_of_a_bin=plots.LEAST_ROWS_OF_A_BIN,
         label_rows=methods[recommended][label_part]["n"],
         per_label=_per_label(methods, recommended, other, label_part),
         overtaking=_overtaking(metrics) if metrics["learning_curve"] else None,

@@ -268,6 +268,7 @@ def test_learning_curve_and_reliability_are_drawn_and_told_where_there_are_figur
         "calibration": {"bins": bins},
         "coverage": [{"threshold": 0.5, "coverage": 0.8, "accuracy": 0.99}],
         "expected_calibration_error": 0.05,
+        "temperature": 1.2,
     }
     points = [(0.1, 96, 0.41), (1.0, 960, 0.97)]
     metrics["learning_curve"] = [
