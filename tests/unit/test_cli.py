@@ -414,10 +414,11 @@ def test_up_migrates_first_and_starts_nothing_where_that_fails(
     assert [list(commands) for commands in started] == ([["api", "worker"]] if migrated == 0 else [])
 
 
-# Run in the background by a shell, the tests have been told to ignore Ctrl-C, and what they start inherits that.
+# Run by `&` in a script or by nohup, the tests have been told to ignore signals, and what they start inherits that.
 PARENT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from tuneproof.processes import run_together
 commands = {str(n): [sys.executable, "-c", program] for n, program in enumerate(sys.argv[2:])}
 sys.exit(run_together(commands, grace_seconds=float(sys.argv[1])))
