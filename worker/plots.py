@@ -115,9 +115,7 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=_LINE, linewidth=3, label="as right as it says")
-        for mark, (method, of) in zip(_MARKS, filled.items(), strict=False):
-            x, y = [one["mean_confidence"] for one in of], [one["accuracy"] for one in of]
-            axes.plot(x, y, mark, color=_ACCENT if method == "lora" else _INK, label=names[method], markersize=6)
+        _accuracy_over(axes, "mean_confidence", filled, names)
         axes.set_xlabel("mean confidence")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _share_axis(axes, "share right")
@@ -139,9 +137,7 @@ def coverage(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[s
     answered = {method: [one for one in of if one["coverage"] > 0] for method, of in curves.items()}
 
     def draw(axes: Axes) -> None:
-        for mark, (method, of) in zip(_MARKS, answered.items(), strict=False):
-            x, y = [one["coverage"] for one in of], [one["accuracy"] for one in of]
-            axes.plot(x, y, mark, color=_ACCENT if method == "lora" else _INK, label=names[method], markersize=4)
+        _accuracy_over(axes, "coverage", answered, names)
         axes.set_xlabel("rows answered, the least sure left out")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _share_axis(axes, "share right of those")
@@ -151,6 +147,15 @@ def coverage(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[s
         for m, of in answered.items()
     )
     return _svg("coverage", "Share right over the share of rows answered", "; ".join(said), draw, (5.2, 5.8))
+
+
+def _accuracy_over(
+    axes: Axes, key: str, points: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str]
+) -> None:
+    """One line for each method, through its points' `key` and `accuracy`."""
+    for mark, (method, of) in zip(_MARKS, points.items(), strict=False):
+        colour = _ACCENT if method == "lora" else _INK
+        axes.plot([p[key] for p in of], [p["accuracy"] for p in of], mark, color=colour, label=names[method])
 
 
 def _share_axis(axes: Axes, name: str) -> None:
