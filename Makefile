@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench lock
+.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench lock vendor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -65,3 +65,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(if $(TORCH_INDEX),@$(PIP) install --no-deps --constraint constraints.txt --index-url '$(TORCH_INDEX)' torch)
 	@$(PIP) install --constraint constraints.txt --editable '.[server,dev]'
 	@touch $@
+
+# The pages run without a build step: these files are the packages' own, served from here.
+vendor: ## Write the web pages' libraries anew, at the versions named here (needs npm)
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; cd service/web/static/vendor; \
+	npm pack --silent --pack-destination "$$folder" preact@11.2.0 htm@3.1.1 > /dev/null; \
+	take() { tar xzOf "$$folder"/$$1-*.tgz "package/$$2" | sed -E 's#from"preact"#from"./preact.js"#; s#//\# sourceMappingURL=.*##' > $$3; }; \
+	take preact dist/preact.mjs preact.js; take preact hooks/dist/hooks.mjs hooks.js; take preact LICENSE preact.LICENSE; \
+	take htm dist/htm.mjs htm.js; take htm LICENSE htm.LICENSE

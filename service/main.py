@@ -32,6 +32,7 @@ from service.inference.handle import EngineHandle
 from service.inference.wire import ServedModel
 from service.ml.base_models import EMBEDDED, find_base
 from service.storage import Storage
+from service.web.pages import Pages
 
 _FORM_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
 _PROBLEM: dict[str, Any] = {
@@ -59,6 +60,7 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
     app.state.context, app.state.meters = context, Meters()
     for room in (datasets, preflight, jobs, evidence, models, predict, operations):
         app.include_router(room.router)
+    app.mount("/ui", Pages(), name="ui")
     problems.install(app)
     app.add_middleware(Envelope, meters=app.state.meters, max_body_bytes=settings.max_upload_bytes + _FORM_BYTES)
     document = app.openapi

@@ -22,7 +22,7 @@ _WORKER_SILENT = timedelta(seconds=30)
 
 @router.get("/", include_in_schema=False)
 async def home() -> RedirectResponse:
-    return RedirectResponse("/docs")
+    return RedirectResponse("ui/")
 
 
 @router.get("/healthz", response_model=HealthOut)

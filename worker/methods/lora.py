@@ -35,9 +35,11 @@ MAX_GRADIENT_NORM = 1.0
 # Of the moving average of the weights, which is what is judged and kept: on BANKING77 its validation macro-F1 stood
 # about 0.01 above the last step's in the middle of training. Shorter while little has been averaged.
 AVERAGE_DECAY = 0.997
+LOSS_EVENTS = 200  # of a whole run, so that a curve can be drawn while it grows
 
 OnEvent = Callable[[str, str, dict[str, Any]], None]
 """Called with an event's type, message and data."""
+OnLoss = Callable[[float, float, float], None]
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class Lora:
             def step_done(step: int, steps: int, number: int = number) -> None:
                 on_progress((number - 1 + step / steps) / epochs, f"epoch {number}/{epochs}, step {step}/{steps}")
 
-            run.epoch(number, step_done)
+            run.epoch(number, step_done, self._tell_loss)
             state.epoch = number
             self._judge(run)
             self.on_checkpoint(run.checkpoint().save(self.checkpoints))
@@ -206,6 +208,10 @@ class Lora:
             run.best = {name: tensor.clone() for name, tensor in run.average.items()}
         name = f"epoch {state.epoch}" if state.epoch else "before the first step"
         self.on_event("metric", f"{name}: validation macro-F1 {macro_f1:.4f}", dict(state.history[-1]))
+
+    def _tell_loss(self, epoch: float, loss: float, learning_rate: float) -> None:
+        data = {"epoch": epoch, "train_loss": loss, "learning_rate": learning_rate}
+        self.on_event("metric", f"epoch {epoch:.2f}: training loss {loss:.4f}", data)
 
     def _out_of_patience(self, state: TrainingState) -> bool:
         return 0 < self.recipe.patience <= state.epoch - state.best_epoch
@@ -261,19 +267,33 @@ class _Run:
         self.model.enable_input_require_grads()
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def epoch(self, number: int, on_step: Callable[[int, int], None]) -> None:
-        """One pass over the train rows; order and dropout depend on seed and epoch alone, so resuming repeats them."""
+    def epoch(self, number: int, on_step: Callable[[int, int], None], on_loss: OnLoss) -> None:
+        """One pass over the train rows; order and dropout depend on seed and epoch alone, so resuming repeats them.
+
+        Args:
+            number: The epoch's, from 1 on.
+            on_step: Gets the steps done, and those of an epoch.
+            on_loss: Gets the epochs done, the mean loss since the last call, and the learning rate.
+        """
         torch.manual_seed(self.recipe.seed * 1000 + number)
         rng = np.random.default_rng([self.recipe.seed, number])
         self.model.train()
         start, total = time.perf_counter(), torch.zeros((), device=self.backbone.device)
+        every = max(1, self.steps_per_epoch * self.recipe.epochs // LOSS_EVENTS)
+        recent, told = torch.zeros_like(total), 0
         for step, rows in enumerate(epoch_batches(self.lengths, self.recipe.batch_size, rng), 1):
             steps_done = (number - 1) * self.steps_per_epoch + step
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(steps_done)
-            total += self._fitting_step(rows)
+            loss = self._fitting_step(rows)
+            total, recent = total + loss, recent + loss
             self._add_to_average(steps_done)
             on_step(step, self.steps_per_epoch)
+            if step - told >= every or step == self.steps_per_epoch:
+                # Read from the device now and then only: each time waits for all work sent to it.
+                mean = float(recent) / (step - told)
+                on_loss(steps_done / self.steps_per_epoch, mean, self._learning_rate(steps_done))
+                recent, told = torch.zeros_like(total), step
         self.last_train_loss = float(total) / self.steps_per_epoch
         self.state.train_seconds += time.perf_counter() - start
         self.state.train_tokens += int(self.lengths.sum())

@@ -1,0 +1,76 @@
+// The HTTP API, as the pages call it. A session's cookie goes with every call; nothing is kept here.
+
+// `…/ui/api.js` -> `…/`: the service may stand behind a proxy's path.
+export const root = new URL("..", import.meta.url);
+
+/** An answer that is an error: RFC 9457, or the network's own. */
+export class Problem extends Error {
+  constructor(status, body) {
+    super(body.detail || "The service cannot be reached. Is it running?");
+    this.status = status;
+    this.code = body.code || "unreachable";
+    this.errors = body.errors || [];
+    this.columns = body.columns || [];
+    this.requestId = body.request_id;
+  }
+}
+
+export const url = (path, query = {}) => {
+  const target = new URL(path.replace(/^\//, ""), root);
+  for (const [name, value] of Object.entries(query)) if (value != null && value !== "") target.searchParams.set(name, value);
+  return target.href;
+};
+
+/**
+ * One call. `json` or `form` (a FormData) is the body. A POST carries an Idempotency-Key, which the caller may give so
+ * that the same click, sent again after a lost answer, creates nothing twice.
+ */
+export async function call(method, path, { query, json, form, signal, key = token() } = {}) {
+  const headers = { Accept: "application/json" };
+  if (json !== undefined) headers["Content-Type"] = "application/json";
+  if (method === "POST") headers["Idempotency-Key"] = key;
+  const body = json === undefined ? form : JSON.stringify(json);
+  let answer;
+  try {
+    answer = await fetch(url(path, query), { method, headers, body, signal, credentials: "same-origin" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, {});
+  }
+  if (answer.status === 204) return null;
+  const data = await answer.json().catch(() => ({}));
+  if (!answer.ok) {
+    if (answer.status === 401) dispatchEvent(new Event("signed-out"));
+    throw new Problem(answer.status, { detail: `The service answered ${answer.status}.`, ...data });
+  }
+  return data;
+}
+
+export const get = (path, query, signal) => call("GET", path, { query, signal });
+
+/** Every item of a list, page by page, at most `most`. */
+export async function all(path, query = {}, most = 2000) {
+  const found = [];
+  let page = { has_more: true };
+  while (page.has_more && found.length < most) {
+    const last = found.at(-1);
+    page = await get(path, { limit: 200, ...query, after: last?.id });
+    found.push(...page.data);
+  }
+  return found;
+}
+
+/** A random name; `crypto.randomUUID` is there on https and localhost alone. */
+export const token = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
+
+/**
+ * A job's events as they come, from the first on; the browser reconnects by itself and goes on after the last one seen.
+ * Gives a function that stops it. `onState` gets "live" or "lost".
+ */
+export function follow(jobId, onEvent, onState = () => {}) {
+  const source = new EventSource(url(`/jobs/${encodeURIComponent(jobId)}/events`));
+  source.onopen = () => onState("live");
+  source.onmessage = (message) => onEvent(JSON.parse(message.data));
+  source.onerror = () => onState(source.readyState === EventSource.CLOSED ? "closed" : "lost");
+  return () => source.close();
+}

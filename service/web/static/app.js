@@ -1,0 +1,85 @@
+// The frame: who is here, which page, the menu. Pages are modules of `views/`, loaded when opened.
+import { render } from "./vendor/preact.js";
+import { call, get } from "./api.js";
+import { html, Loading, Trouble, useEffect, useLoad, useRef, useState } from "./ui.js";
+import { SignIn } from "./views/sign-in.js";
+
+const VIEWS = { new: "start", jobs: "jobs", job: "job", datasets: "datasets", dataset: "dataset", models: "models", model: "model", keys: "keys" };
+const MENU = [["new", "New"], ["jobs", "Jobs"], ["datasets", "Datasets"], ["models", "Models"], ["keys", "Keys"]];
+const IN_MENU = { job: "jobs", dataset: "datasets", model: "models" };
+
+/** `#/job/job_1` -> `{ name: "job", id: "job_1" }`; the empty hash is the start page. */
+function here() {
+  const [name = "", id = ""] = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  return { name: name || "new", id };
+}
+
+function useHere() {
+  const [place, setPlace] = useState(here());
+  useEffect(() => {
+    const moved = () => setPlace(here());
+    addEventListener("hashchange", moved);
+    return () => removeEventListener("hashchange", moved);
+  }, []);
+  return place;
+}
+
+function App() {
+  const place = useHere();
+  const session = useLoad(() => get("/session"));
+  const [signedOut, setSignedOut] = useState(false);
+  useEffect(() => {
+    const left = () => setSignedOut(true);
+    addEventListener("signed-out", left);
+    return () => removeEventListener("signed-out", left);
+  }, []);
+  const back = () => {
+    setSignedOut(false);
+    session.reload();
+  };
+  if (session.error?.status === 401 || signedOut) return html`<${Frame} place=${place}><${SignIn} onDone=${back} /><//>`;
+  if (session.error) return html`<${Frame} place=${place}><h1>tuneproof</h1><${Trouble} error=${session.error} /><button type="button" onClick=${session.reload}>Try again</button><//>`;
+  if (!session.data) return html`<${Loading} />`;
+  return html`<${Frame} place=${place} session=${session.data} onLeft=${() => setSignedOut(true)}><${View} key=${`${place.name}/${place.id}`} ...${place} session=${session.data} onKeysChanged=${session.reload} /><//>`;
+}
+
+function Frame({ place, session, onLeft, children }) {
+  const main = useRef(null);
+  const first = useRef(true);
+  useEffect(() => {
+    if (!first.current) main.current.focus(); // a screen reader goes on at the new page
+    first.current = false;
+    scrollTo(0, 0);
+  }, [place.name, place.id]);
+  const leave = async () => {
+    await call("DELETE", "/session");
+    onLeft();
+  };
+  const current = IN_MENU[place.name] || place.name;
+  const menu = MENU.filter(([name]) => name !== "keys" || session?.scope === "admin");
+  return html`
+    <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current.focus(); }}>Skip to the page</a>
+    <header class="top">
+      <a class="brand" href="#/"><img src="icon.svg" alt="" width="24" height="24" /> tuneproof</a>
+      ${session && html`<nav aria-label="Pages">${menu.map(([name, text]) => html`<a href=${`#/${name}`} aria-current=${current === name ? "page" : null}>${text}</a>`)}</nav>`}
+      ${session?.key && html`<div class="who"><span class="soft"><bdi>${session.key.name}</bdi> (${session.scope})</span><button type="button" class="quiet" onClick=${leave}>Sign out</button></div>`}
+    </header>
+    <main id="main" ref=${main} tabindex="-1">${children}</main>
+    <footer><a href="../docs">HTTP API</a></footer>`;
+}
+
+function View({ name, id, ...given }) {
+  const known = VIEWS[name];
+  const { data: page, error } = useLoad(() => (known ? import(`./views/${known}.js`) : Promise.resolve(null)), [name]);
+  useEffect(() => {
+    const heading = document.querySelector("main h1");
+    document.title = heading ? `${heading.textContent} – tuneproof` : "tuneproof";
+  });
+  if (error) return html`<${Trouble} error=${error} />`;
+  if (!known) return html`<h1>No such page</h1><p><a href="#/">Start anew</a></p>`;
+  return page ? html`<${page.default} id=${id} ...${given} />` : html`<${Loading} />`;
+}
+
+const app = document.getElementById("app");
+app.textContent = "";
+render(html`<${App} />`, app);

@@ -1,0 +1,144 @@
+// What every page is made of.
+import { h } from "./vendor/preact.js";
+import { useCallback, useEffect, useId, useRef, useState } from "./vendor/hooks.js";
+import htm from "./vendor/htm.js";
+
+export { Fragment } from "./vendor/preact.js";
+export { useEffect, useId, useMemo, useRef, useState } from "./vendor/hooks.js";
+export const html = htm.bind(h);
+
+export const METHODS = {
+  majority: "Always the most frequent label",
+  tfidf_logreg: "TF-IDF + logistic regression",
+  embedding_logreg: "Embeddings + logistic regression",
+  zero_shot_similarity: "Zero-shot similarity",
+  zero_shot_prompt: "Zero-shot prompt",
+  few_shot_prompt: "Few-shot prompt",
+  lora: "LoRA fine-tuning",
+};
+
+export const number = (value) => (value == null ? "–" : value.toLocaleString("en"));
+export const percent = (share, digits = 1) => (share == null ? "–" : `${(100 * share).toFixed(digits)} %`);
+export const points = (share) => `${share >= 0 ? "+" : "−"}${Math.abs(100 * share).toFixed(1)}`;
+export const bytes = (size) => {
+  const units = ["B", "KB", "MB", "GB", "TB"];
+  const step = size ? Math.min(Math.floor(Math.log10(size) / 3), 4) : 0;
+  return `${(size / 1000 ** step).toFixed(step ? 1 : 0)} ${units[step]}`;
+};
+export const duration = (seconds) => {
+  if (seconds == null) return "";
+  const whole = Math.max(0, Math.round(seconds));
+  if (whole < 60) return `${whole} s`;
+  return whole < 3600 ? `${Math.floor(whole / 60)} min ${whole % 60} s` : `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+};
+
+/** `load` is called at first and whenever a value of `inputs` changes; an answer that came too late is dropped. */
+export function useLoad(load, inputs = []) {
+  const [state, setState] = useState({ data: null, error: null, loading: true });
+  const [round, setRound] = useState(0);
+  useEffect(() => {
+    const control = new AbortController();
+    setState((before) => ({ ...before, loading: true }));
+    load(control.signal).then(
+      (data) => control.signal.aborted || setState({ data, error: null, loading: false }),
+      (error) => control.signal.aborted || setState((before) => ({ ...before, error, loading: false })),
+    );
+    return () => control.abort();
+  }, [...inputs, round]);
+  return { ...state, reload: useCallback(() => setRound((n) => n + 1), []) };
+}
+
+/** Runs one action at a time: `[run, busy, error]`; what it threw is kept for `Trouble`. */
+export function useAction(action) {
+  const [state, setState] = useState({ busy: false, error: null });
+  const running = useRef(false);
+  const run = async (...given) => {
+    if (running.current) return undefined;
+    running.current = true;
+    setState({ busy: true, error: null });
+    try {
+      const answer = await action(...given);
+      setState({ busy: false, error: null });
+      return answer;
+    } catch (error) {
+      setState({ busy: false, error });
+      return undefined;
+    } finally {
+      running.current = false;
+    }
+  };
+  return [run, state.busy, state.error];
+}
+
+/** What went wrong, with the fields or rows at fault; read out at once. */
+export const Trouble = ({ error }) =>
+  error &&
+  html`<div class="trouble" role="alert">
+    <p><strong>${error.message}</strong></p>
+    ${error.errors?.length > 0 &&
+    html`<ul>
+      ${error.errors.slice(0, 20).map((e) => html`<li>${e.row != null ? `Row ${e.row}` : (e.loc || []).join(".")}: ${e.message}</li>`)}
+    </ul>`}
+  </div>`;
+
+export const Loading = ({ what = "" }) => html`<p class="soft" role="status">Loading ${what}…</p>`;
+
+export const Tag = ({ kind = "", children }) => html`<span class=${`tag ${kind}`}>${children}</span>`;
+
+const STATUS = { queued: "", running: "accent", cancelling: "warn", succeeded: "good", failed: "bad", cancelled: "" };
+export const Status = ({ of }) => html`<${Tag} kind=${STATUS[of] || ""}>${of}<//>`;
+
+export const Time = ({ at }) =>
+  at
+    ? html`<time datetime=${at} title=${at}>${new Date(at).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })}</time>`
+    : html`<span>–</span>`;
+
+/** A label over one input, select or textarea; `hint` explains it in a sentence and is read with it. */
+export function Field({ label, hint, children }) {
+  const id = useId();
+  const control = children;
+  control.props.id = id;
+  if (hint) control.props["aria-describedby"] = `${id}-hint`;
+  return html`<div class="field"><label for=${id}>${label}</label>${control}${hint && html`<small id=${`${id}-hint`}>${hint}</small>`}</div>`;
+}
+
+/** A table that scrolls by itself where it is too wide; `caption` names it for screen readers. */
+export const Scroll = ({ label, children }) => html`<div class="box" role="region" aria-label=${label} tabindex="0">${children}</div>`;
+
+/** Text with a button that copies it. */
+export function Copyable({ text, label = "Copy" }) {
+  const [said, setSaid] = useState("");
+  const copy = async () => {
+    try {
+      await navigator.clipboard.writeText(text); // on https and localhost alone
+      setSaid("Copied");
+    } catch {
+      setSaid("Select the text and copy it");
+    }
+    setTimeout(() => setSaid(""), 2500);
+  };
+  return html`<div class="copyable"><pre tabindex="0">${text}</pre><button type="button" class="quiet" onClick=${copy}>${label}</button><span role="status">${said}</span></div>`;
+}
+
+/** Asks before something that cannot be undone. `ask(question, action)` opens it. */
+export function useConfirm() {
+  const [asked, setAsked] = useState(null);
+  const dialog = useRef(null);
+  useEffect(() => {
+    if (asked && !dialog.current.open) dialog.current.showModal();
+  }, [asked]);
+  const close = () => setAsked(null);
+  const [act, busy, error] = useAction(async () => {
+    await asked.action();
+    close();
+  });
+  const element =
+    asked &&
+    html`<dialog ref=${dialog} onClose=${close} aria-labelledby="asked">
+      <h2 id="asked">${asked.question}</h2>
+      ${asked.detail && html`<p>${asked.detail}</p>`}
+      <${Trouble} error=${error} />
+      <div class="actions"><button type="button" class="danger" disabled=${busy} onClick=${act}>${asked.verb}</button><button type="button" onClick=${close}>Keep</button></div>
+    </dialog>`;
+  return [element, (question, verb, action, detail) => setAsked({ question, verb, action, detail })];
+}
