@@ -180,6 +180,21 @@ def test_patience_ends_a_run_that_no_longer_improves(tiny_models, tmp_path):
     assert trained.state.epoch == 2
 
 
+def test_the_loss_is_told_as_it_falls_and_its_mean_over_an_epoch_is_the_epochs(tiny_models, tmp_path):
+    events = []
+    lora = Lora(
+        frozen(tiny_models, DISTILBERT), recipe(), tmp_path, lambda _path: None, lambda *told: events.append(told)
+    )
+    lora.fit(TRAIN, VALIDATION)
+    assert {kind for kind, _message, _data in events} == {"metric"}
+    steps = [data for _kind, _message, data in events if "learning_rate" in data]
+    epochs = [data for _kind, _message, data in events if "validation_macro_f1" in data]
+    assert [step["epoch"] for step in steps] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])  # 48 rows by 16
+    assert np.mean([step["train_loss"] for step in steps[3:]]) == pytest.approx(epochs[2]["train_loss"], rel=1e-5)
+    assert epochs[2]["train_loss"] < epochs[1]["train_loss"]
+    assert steps[-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
+
+
 def test_the_best_epoch_is_the_one_with_the_highest_macro_f1_and_then_the_lowest_loss(tiny_models, tmp_path):
     trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=4)
     order = [(epoch["validation_macro_f1"], -epoch["validation_loss"]) for epoch in trained.state.history]
