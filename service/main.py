@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
@@ -52,8 +53,9 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
     (settings.data_dir / "tmp").mkdir(parents=True, exist_ok=True)
     db, storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
     context = Context(settings, db, storage, EngineHandle(settings), clock)
-    app = FastAPI(
-        title="tuneproof", lifespan=_lifespan, dependencies=[Depends(authorize)],
+    # FastAPI's own /docs loads its scripts from a public host.
+    app = FastAPIOffline(
+        title="tuneproof", redoc_url=None, lifespan=_lifespan, dependencies=[Depends(authorize)],
         responses=dict.fromkeys(("4XX", "5XX"), _PROBLEM),
         description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
     )  # fmt: skip

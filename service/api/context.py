@@ -72,7 +72,7 @@ def scope_of(request: Request) -> str | None:
     return SPECIAL.get(name, "read" if request.method in ("GET", "HEAD") else "write")
 
 
-PUBLIC = {"healthz", "readyz", "home"}
+PUBLIC = {"healthz", "readyz", "home", "custom_swagger_ui_html", "swagger_ui_redirect"}
 SPECIAL = {"predict": "predict"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def test_the_ranges_of_a_spec_are_told(document: dict[str, Any]) -> None:
     assert train["epochs"]["default"] == "auto"
 
 
-def test_the_pages_for_people_are_there(shared: TestClient) -> None:
-    assert shared.get("/").headers["location"] == "/docs"
-    assert "swagger" in shared.get("/docs").text.lower()
+def test_the_reference_page_loads_everything_from_this_service(shared: TestClient) -> None:
+    page = shared.get("/docs").text
+    files = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(files) >= 2
+    assert all(shared.get(file).status_code == 200 for file in files)  # from here: a path, not another host

@@ -87,7 +87,7 @@ def test_what_breaks_on_our_side_is_a_500_that_tells_nothing_and_a_log_without_t
     assert "a private text" not in logged
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/jobs/x/y/z", "/datasets//rows", "/%00", "/predict/x", "/ui", "/Jobs"])
+@pytest.mark.parametrize("path", ["/nothing", "/jobs/x/y/z", "/datasets//rows", "/%00", "/predict/x", "/Jobs"])
 def test_an_unknown_path_is_a_404_problem(shared: TestClient, path: str) -> None:
     problem_of(shared.get(path), 404, "not_found")
 
