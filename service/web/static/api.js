@@ -63,7 +63,7 @@ export function upload(path, form, { onProgress, signal, key }) {
     request.onload = () => (request.status < 300 ? done(request.response) : fail(refused(request.status, request.response)));
     request.onabort = () => fail(new DOMException("stopped", "AbortError"));
     // A server that takes no file of this size may close the connection before its answer can be read.
-    request.onerror = () => fail(new Problem(0, { detail: "The upload was cut off. Either the service is not running, or the file is too large for it." }));
+    request.onerror = () => fail(new Problem(0, { detail: "The upload was cut off. Is the service running, the file still as it was when it was chosen, and not too large for the service?" }));
     signal.addEventListener("abort", () => request.abort());
     request.send(form);
   });
