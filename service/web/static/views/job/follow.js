@@ -108,7 +108,9 @@ export function useJob(id) {
       stop();
       try {
         const now = await look();
-        if (!now.terminal && !document.hidden) stop = follow(id, hear, heard, story.current.last);
+        if (now.terminal || document.hidden || signal.aborted) return;
+        stop(); // of two that started, the later one goes on
+        stop = follow(id, hear, heard, story.current.last);
       } catch (reason) {
         failed(reason);
       }
