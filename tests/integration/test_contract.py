@@ -42,11 +42,14 @@ FIELDS = {
     "ThresholdOut": "min_confidence validation_precision validation_coverage validation_rows",
     "PredictionOut": "label confidence probabilities abstained truncated",
     "UsageOut": "texts tokens",
+    "SessionIn": "key",
+    "SessionOut": "scope key keys_exist",
+    "SessionKeyOut": "id name",
     "Problem": "type title status detail code errors request_id",
 }
 SUCCESS = {"POST /datasets": "201", "POST /jobs": "202", "POST /jobs/{job_id}/cancel": "202",
            "POST /jobs/{job_id}/retry": "202", "DELETE /datasets/{dataset_id}": "204", "DELETE /jobs/{job_id}": "204",
-           "DELETE /models/{model_id}": "204"}  # fmt: skip
+           "DELETE /models/{model_id}": "204", "POST /session": "204", "DELETE /session": "204"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,7 @@ def test_bodies_that_a_route_reads_itself_are_described(document: dict[str, Any]
         ("/jobs", "post", {"application/json", "multipart/form-data"}),
         ("/predict", "post", {"application/json"}),
         ("/aliases/{alias}", "put", {"application/json"}),
+        ("/session", "post", {"application/json"}),
     ):
         body = document["paths"][path][method]["requestBody"]
         assert (set(body["content"]), body["required"]) == (kinds, True)
