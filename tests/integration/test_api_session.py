@@ -157,12 +157,7 @@ def test_signing_in_again_drops_the_session_before(signed: Signed) -> None:
 
 
 def test_it_outlives_a_restart(signed: Signed, tmp_path: Path) -> None:
-    from service.core.settings import Settings
-    from service.main import create_app
-    from tests.integration.conftest import QuietEngine
-
-    app = create_app(Settings(data_dir=tmp_path / "data", min_free_bytes=0), signed.clock)
-    app.state.context.engine = QuietEngine()
+    app = make_app(tmp_path / "data", fresh=False)
     with TestClient(app, client=ELSEWHERE, cookies={COOKIE: signed.cookie.value}) as client:
         assert client.get("/session").json()["key"]["name"] == "me"
 
