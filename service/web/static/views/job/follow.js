@@ -6,6 +6,7 @@ const LONGEST_PAUSE = 30; // seconds between tries while the service is away
 const UNNOTICED = 2; // seconds without a connection before it is worth a word
 const DRAWN_EVERY = 0.15; // seconds: a replay of thousands of events is drawn a few times, not thousands
 const MOST_EVENTS = 50_000;
+const ENDED = ["succeeded", "failed", "cancelled"];
 
 /** What a job's events tell, in order, each number once however often it is replayed. */
 export class Story {
@@ -14,9 +15,9 @@ export class Story {
   losses = []; // [epoch, training loss], a few hundred a run
   epochs = []; // { epoch, validation_macro_f1, validation_loss }, one per epoch
 
-  /** Gives whether the event is new. Progress has no number, and is not kept. */
+  /** Gives whether the event is new. Progress has the number of the event before it, and is not kept. */
   add(event) {
-    if (event.id == null) return true;
+    if (event.type === "progress") return true;
     if (event.id <= this.last) return false;
     this.last = event.id;
     this.log.push(event);
@@ -134,9 +135,9 @@ export function useJob(id) {
   return { job, story: story.current, error, state, restart };
 }
 
-/** The job with what a progress event says of it. */
+/** The job with what a progress event says of it. What its end brings with it only the job itself tells. */
 function moved(job, { message, data }) {
-  if (!job || job.terminal) return job;
   const { stage, fraction, eta_seconds, status, attempt } = data;
+  if (!job || job.terminal || ENDED.includes(status)) return job;
   return { ...job, stage, status, attempt, progress: { fraction, eta_seconds, message } };
 }
