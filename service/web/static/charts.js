@@ -36,7 +36,7 @@ export function Lines({ title, series, xLabel, right, said }) {
   const drawn = series.filter(({ points }) => points.length > 0);
   const all = drawn.flatMap(({ points }) => points);
   return html`<figure ref=${ref} class="lines">
-    <figcaption><strong>${title}</strong>${series.length > 1 && drawn.map((line) => html`<span class=${`key s${series.indexOf(line)}`}>${line.name}</span>`)}</figcaption>
+    <figcaption><strong>${title}</strong>${series.length > 1 && drawn.map((line) => html`<span class=${`legend line-${series.indexOf(line)}`}>${line.name}</span>`)}</figcaption>
     ${width > 0 && all.length > 0 && html`<${Plot} width=${width} series=${series} all=${all} xLabel=${xLabel} right=${right} name=${`${title}. ${said}`} />`}
   </figure>`;
 }
@@ -55,6 +55,6 @@ function Plot({ width, series, all, xLabel, right: planned, name }) {
     ${ticks(low, high).map((value) => html`<line class="rule" x1=${MARGIN.left} x2=${width - MARGIN.right} y1=${y(value)} y2=${y(value)} /><text class="soft" text-anchor="end" x=${MARGIN.left - 6} y=${y(value) + 4}>${value}</text>`)}
     ${ticks(0, right, width < 500 ? 4 : 8).map((value) => html`<text class="soft" text-anchor="middle" x=${x(value)} y=${HEIGHT - MARGIN.bottom + 16}>${value}</text>`)}
     <text class="soft" text-anchor="end" x=${width - MARGIN.right} y=${HEIGHT - 3}>${xLabel}</text>
-    ${series.map(({ points, dots }, i) => html`<polyline class=${`s${i}`} points=${points.map(at).join(" ")} />${dots && points.map(([a, b]) => html`<circle class=${`s${i}`} cx=${x(a)} cy=${y(b)} r="3" />`)}`)}
+    ${series.map(({ points, dots }, i) => html`<polyline class=${`line-${i}`} points=${points.map(at).join(" ")} />${dots && points.map(([a, b]) => html`<circle class=${`line-${i}`} cx=${x(a)} cy=${y(b)} r="3" />`)}`)}
   </svg>`;
 }

@@ -31,11 +31,11 @@ function Labels({ labels }) {
   const total = sorted.reduce((sum, { count }) => sum + count, 0);
   const shown = whole ? sorted : sorted.slice(0, FIRST_LABELS);
   return html`<${Scroll} label="Labels and their rows">
-      <table class="labels">
+      <table class="counts">
         <thead><tr><th scope="col">Label</th><th scope="col" class="number">Rows</th><th scope="col" class="number">Share</th><td></td></tr></thead>
         <tbody>${shown.map(({ label, count }) => html`<tr key=${label}>
           <th scope="row"><bdi>${label}</bdi></th><td class="number">${number(count)}</td><td class="number">${percent(count / total)}</td>
-          <td><span class="bar" aria-hidden="true"><i style=${{ inlineSize: `${(100 * count) / sorted[0].count}%` }}></i></span></td>
+          <td><span class="share" aria-hidden="true"><i style=${{ inlineSize: `${(100 * count) / sorted[0].count}%` }}></i></span></td>
         </tr>`)}</tbody>
       </table>
     <//>
