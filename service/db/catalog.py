@@ -18,7 +18,7 @@ from service.db.models import Alias, AliasMove, ApiKey, Dataset, Garbage, Job, M
 SCOPES = ("predict", "read", "write", "admin")
 """Each holds those before it."""
 
-Listed = TypeVar("Listed", Dataset, Job, Model)
+Listed = TypeVar("Listed", Dataset, Job, Model, ApiKey)
 
 
 def newest(
@@ -124,9 +124,11 @@ def create_key(
 def find_key(session: Session, secret: str, now: datetime) -> ApiKey | None:
     """The live key of that secret. Looked up by its hash, so timing tells nothing about other secrets."""
     key = session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == _hash(secret))).one_or_none()
-    if key is None or key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
-        return None
-    return key
+    return key if key is not None and is_live(key, now) else None
+
+
+def is_live(key: ApiKey, now: datetime) -> bool:
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
 
 
 def any_key_ever(db: Database) -> bool:
@@ -141,7 +143,7 @@ def list_keys(session: Session) -> list[ApiKey]:
 def revoke_key(session: Session, key_id: str, now: datetime) -> None:
     key = session.get(ApiKey, key_id)
     if key is None:
-        raise NotFound("No key has that id. List them with `tuneproof keys list`.")
+        raise NotFound("No key has that id. List them with GET /keys or `tuneproof keys list`.")
     key.revoked_at = key.revoked_at or now
 
 

@@ -39,11 +39,34 @@ export async function call(method, path, { query, json, form, signal, key = toke
   }
   if (answer.status === 204) return null;
   const data = await answer.json().catch(() => ({}));
-  if (!answer.ok) {
-    if (answer.status === 401) dispatchEvent(new Event("signed-out"));
-    throw new Problem(answer.status, { detail: `The service answered ${answer.status}.`, ...data });
-  }
+  if (!answer.ok) throw refused(answer.status, data);
   return data;
+}
+
+function refused(status, data) {
+  if (status === 401) dispatchEvent(new Event("signed-out"));
+  return new Problem(status, { detail: `The service answered ${status}.`, ...data });
+}
+
+/**
+ * A POST with a file in its form, which the browser reads from the disk as it sends. `onProgress` gets the share that
+ * is sent, 0 to 1: `fetch` cannot tell.
+ */
+export function upload(path, form, { onProgress, signal, key }) {
+  return new Promise((done, fail) => {
+    const request = new XMLHttpRequest();
+    request.open("POST", url(path));
+    request.responseType = "json";
+    request.setRequestHeader("Accept", "application/json");
+    request.setRequestHeader("Idempotency-Key", key);
+    request.upload.onprogress = (sent) => sent.lengthComputable && onProgress(sent.loaded / sent.total);
+    request.onload = () => (request.status < 300 ? done(request.response) : fail(refused(request.status, request.response)));
+    request.onabort = () => fail(new DOMException("stopped", "AbortError"));
+    // A server that takes no file of this size may close the connection before its answer can be read.
+    request.onerror = () => fail(new Problem(0, { detail: "The upload was cut off. Is the service running, the file still as it was when it was chosen, and not too large for the service?" }));
+    signal.addEventListener("abort", () => request.abort());
+    request.send(form);
+  });
 }
 
 export const get = (path, query, signal) => call("GET", path, { query, signal });
@@ -54,7 +77,7 @@ export async function all(path, query = {}, most = 2000) {
   let page = { has_more: true };
   while (page.has_more && found.length < most) {
     const last = found.at(-1);
-    page = await get(path, { limit: 200, ...query, after: last?.id });
+    page = await get(path, { limit: 200, ...query, after: last?.id ?? query.after });
     found.push(...page.data);
   }
   return found;
@@ -64,11 +87,12 @@ export async function all(path, query = {}, most = 2000) {
 export const token = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
 
 /**
- * A job's events as they come, from the first on; the browser reconnects by itself and goes on after the last one seen.
- * Gives a function that stops it. `onState` gets "live" or "lost".
+ * A job's events as they come, from the first after number `after` on; the browser reconnects by itself and goes on
+ * after the last one seen. Gives a function that stops it. `onState` gets "live", "lost" or, where the browser gives
+ * up because the job has ended or the answer was no stream, "closed".
  */
-export function follow(jobId, onEvent, onState = () => {}) {
-  const source = new EventSource(url(`/jobs/${encodeURIComponent(jobId)}/events`));
+export function follow(jobId, onEvent, onState = () => {}, after = 0) {
+  const source = new EventSource(url(`/jobs/${encodeURIComponent(jobId)}/events`, { after }));
   source.onopen = () => onState("live");
   source.onmessage = (message) => onEvent(JSON.parse(message.data));
   source.onerror = () => onState(source.readyState === EventSource.CLOSED ? "closed" : "lost");

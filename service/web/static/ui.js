@@ -2,6 +2,7 @@
 import { h } from "./vendor/preact.js";
 import { useCallback, useEffect, useId, useRef, useState } from "./vendor/hooks.js";
 import htm from "./vendor/htm.js";
+import { get } from "./api.js";
 
 export { Fragment } from "./vendor/preact.js";
 export { useEffect, useId, useMemo, useRef, useState } from "./vendor/hooks.js";
@@ -48,6 +49,38 @@ export function useLoad(load, inputs = []) {
   return { ...state, reload: useCallback(() => setRound((n) => n + 1), []) };
 }
 
+/** A list, page by page, newest first; a reload asks for as many pages as are shown. */
+export function usePages(path, query = {}) {
+  const [pages, setPages] = useState(1);
+  const load = async (signal) => {
+    const found = { data: [], has_more: true };
+    for (let page = 0; page < pages && found.has_more; page += 1) {
+      const next = await get(path, { ...query, after: found.data.at(-1)?.id }, signal);
+      found.data.push(...next.data);
+      found.has_more = next.has_more;
+    }
+    return found;
+  };
+  const state = useLoad(load, [path, JSON.stringify(query), pages]);
+  return { ...state, items: state.data?.data, more: state.data?.has_more, next: () => setPages((n) => n + 1) };
+}
+
+/** Looks again every so many seconds while `active`, but not while the page cannot be seen. */
+export function useEvery(seconds, look, active = true) {
+  const latest = useRef(look);
+  latest.current = look;
+  useEffect(() => {
+    if (!active) return undefined;
+    const turn = () => document.hidden || latest.current();
+    const timer = setInterval(turn, 1000 * seconds);
+    document.addEventListener("visibilitychange", turn);
+    return () => {
+      clearInterval(timer);
+      document.removeEventListener("visibilitychange", turn);
+    };
+  }, [seconds, active]);
+}
+
 /** Runs one action at a time: `[run, busy, error]`; what it threw is kept for `Trouble`. */
 export function useAction(action) {
   const [state, setState] = useState({ busy: false, error: null });
@@ -92,6 +125,9 @@ export const Time = ({ at }) =>
   at
     ? html`<time datetime=${at} title=${at}>${new Date(at).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })}</time>`
     : html`<span>–</span>`;
+
+/** Whether the key at hand may change anything. */
+export const mayWrite = (session) => ["write", "admin"].includes(session.scope);
 
 /** A label over one input, select or textarea; `hint` explains it in a sentence and is read with it. */
 export function Field({ label, hint, children }) {

@@ -1,0 +1,43 @@
+// What a dataset holds, the button that starts, and what a job on it would meet.
+import { bytes, html, mayWrite, number, percent, Scroll, useState } from "../../ui.js";
+import { Begin } from "./begin.js";
+import { Preflight } from "./preflight.js";
+import { Rows } from "./rows.js";
+import { Warnings } from "./warnings.js";
+
+const FIRST_LABELS = 20;
+
+export function Found({ dataset, session }) {
+  const [values, setValues] = useState({ descriptions: {} });
+  const { base_model, max_length, seed } = values;
+  const unusable = dataset.n_rows - dataset.n_usable_rows;
+  const { p50_chars: half, max_chars: longest } = dataset.text_length;
+  return html`
+    <section>
+      <p>${number(dataset.n_rows)} rows${unusable > 0 && `, ${number(unusable)} of them not usable`}; ${number(dataset.labels.length)} labels; ${bytes(dataset.size_bytes)}. Half of the texts have at most ${number(half)} characters, the longest has ${number(longest)}.</p>
+      <${Warnings} dataset=${dataset} warnings=${dataset.warnings} />
+      <${Rows} dataset=${dataset} />
+    </section>
+    ${mayWrite(session) && html`<${Begin} dataset=${dataset} values=${values} onChange=${setValues} />`}
+    ${dataset.labels.length > 0 &&
+    html`<section><h2>Labels</h2><${Labels} labels=${dataset.labels} /></section>
+      <section><h2>What a comparison would meet</h2><${Preflight} dataset=${dataset} asked=${{ base_model, max_length, seed }} /></section>`}
+  `;
+}
+
+function Labels({ labels }) {
+  const [whole, setWhole] = useState(false);
+  const sorted = [...labels].sort((a, b) => b.count - a.count);
+  const total = sorted.reduce((sum, { count }) => sum + count, 0);
+  const shown = whole ? sorted : sorted.slice(0, FIRST_LABELS);
+  return html`<${Scroll} label="Labels and their rows">
+      <table class="counts">
+        <thead><tr><th scope="col">Label</th><th scope="col" class="number">Rows</th><th scope="col" class="number">Share</th><td></td></tr></thead>
+        <tbody>${shown.map(({ label, count }) => html`<tr key=${label}>
+          <th scope="row"><bdi>${label}</bdi></th><td class="number">${number(count)}</td><td class="number">${percent(count / total)}</td>
+          <td><span class="share" aria-hidden="true"><i style=${{ inlineSize: `${(100 * count) / sorted[0].count}%` }}></i></span></td>
+        </tr>`)}</tbody>
+      </table>
+    <//>
+    ${!whole && labels.length > FIRST_LABELS && html`<p><button type="button" class="quiet" onClick=${() => setWhole(true)}>Show all ${number(labels.length)} labels</button></p>`}`;
+}

@@ -1,0 +1,60 @@
+// What a job would meet, told before it starts: it may take a while, and nothing waits for it.
+import { get } from "../../api.js";
+import { duration, html, METHODS, number, percent, Trouble, useEffect, useLoad, useState } from "../../ui.js";
+import { Warnings } from "./warnings.js";
+
+const SECONDS_BETWEEN_TRIES = 3;
+const TRIES = 40;
+const SETTLED = 1000; // milliseconds without another key before what was typed is asked about
+
+/** They go one at a time on the service: where another is under way, it is asked again. */
+async function look(path, query, signal) {
+  for (let tries = 1; ; tries += 1) {
+    try {
+      return await get(path, query, signal);
+    } catch (error) {
+      if (error.status !== 429 || tries === TRIES) throw error;
+    }
+    await new Promise((done) => setTimeout(done, 1000 * SECONDS_BETWEEN_TRIES));
+    signal.throwIfAborted();
+  }
+}
+
+/** `asked`: the job's `base_model`, `max_length` and `seed`, as far as they are set. */
+export function Preflight({ dataset, asked }) {
+  const [query, setQuery] = useState(asked);
+  useEffect(() => {
+    const timer = setTimeout(() => setQuery(asked), SETTLED);
+    return () => clearTimeout(timer);
+  }, Object.values(asked));
+  const { data, error, loading } = useLoad((signal) => look(`/datasets/${dataset.id}/preflight`, query, signal), [dataset.id, JSON.stringify(query)]);
+  const told = new Set(dataset.warnings.map((warning) => warning.code));
+  return html`
+    <p class="soft" role="status">${loading && "Looking for texts that are almost the same and for texts that are too long, and at how long it will take…"}</p>
+    <${Trouble} error=${error} />
+    ${data && !error && html`
+      <p>${number(data.split.n_train)} rows to train on, ${number(data.split.n_validation)} to choose on, ${number(data.split.n_test)} to judge on.</p>
+      <${Warnings} dataset=${dataset} warnings=${data.warnings.filter((warning) => !told.has(warning.code))} />
+      <${Truncated} found=${data.truncation} />
+      ${data.near_duplicates.count === 0 && html`<p>No text is almost the same as one of another part.</p>`}
+      <${Eta} eta=${data.eta} />`}
+  `;
+}
+
+function Truncated({ found }) {
+  if (!found || found.n_truncated === 0) return found && html`<p>Every text fits into ${number(found.max_length)} tokens.</p>`;
+  const worst = found.by_label.slice(0, 5);
+  return html`<p>${number(found.n_truncated)} of ${number(found.n_texts)} texts are longer than ${number(found.max_length)} tokens; what is beyond is not read. Most is lost with ${worst.map(({ label, share_of_tokens_lost: lost }, i) => html`${i > 0 && ", "}<bdi>${label}</bdi> (${percent(lost)})`)}.</p>`;
+}
+
+function Eta({ eta }) {
+  const known = Object.entries(eta).filter(([, { seconds }]) => seconds != null);
+  const unknown = Object.keys(eta).filter((method) => eta[method].seconds == null);
+  if (known.length === 0) return html`<p>How long it will take is not known here yet: no job has finished on this base model.</p>`;
+  const basis = known.map(([, found]) => found.basis).find((name) => name?.startsWith("job_"));
+  return html`<table class="narrow">
+      <caption>Time it takes, roughly: ${basis ? html`as <a href=${`#/job/${basis}`}>the newest job on this base model</a> took` : "as on two CPU cores"}. Loading models comes on top.</caption>
+      <tbody>${known.map(([method, { seconds }]) => html`<tr key=${method}><th scope="row">${METHODS[method] || method}</th><td class="number">${seconds < 1 ? "under 1 s" : duration(seconds)}</td></tr>`)}</tbody>
+    </table>
+    ${unknown.length > 0 && html`<p class="soft">Not known here yet: ${unknown.map((method) => METHODS[method] || method).join(", ")}.</p>`}`;
+}

@@ -1,0 +1,232 @@
+"""From a dropped file to a finished job, as a browser shows it: the real service, a real worker, a tiny base model."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from tests.tiny import BERT, labelled_texts
+from tests.waiting import until
+
+pytestmark = pytest.mark.more
+HOSTILE = '<img src=x onerror="window.owned=1">'
+LONG = 60_000  # milliseconds, for what a worker on a busy machine takes
+
+
+class Service:
+    """The API and a worker as processes of their own, on one data folder; the API can be stopped and come back."""
+
+    def __init__(self, data_dir: Path, models_dir: Path) -> None:
+        self.data_dir = data_dir
+        given = {"DATA_DIR": data_dir, "MODELS_DIR": models_dir, "POLL_SECONDS": "0.1", "MIN_FREE_BYTES": "0"}
+        self.environment = os.environ | {f"TUNEPROOF_{name}": str(value) for name, value in given.items()}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *arguments: str) -> None:
+        with (self.data_dir / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-P", "-m", *arguments], env=self.environment, stdout=log, stderr=log
+            )
+
+    def start_api(self) -> None:
+        self.start("api", "service", "serve", "--port", str(self.port))
+        until(self.answers, 60, "the API answers")
+
+    def start_worker(self) -> None:
+        self.start("worker", "worker")
+
+    def stop(self, name: str) -> None:
+        process = self.processes.pop(name)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{self.url}/healthz").is_success
+        return False
+
+    def items(self, path: str) -> list[dict[str, object]]:
+        return httpx.get(f"{self.url}{path}").json()["data"]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Service]:
+    started = Service(tmp_path_factory.mktemp("data"), tiny_models)
+    try:
+        started.start_api()
+        yield started
+    finally:
+        for name in list(started.processes):
+            started.stop(name)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as started,
+    ):
+        yield started
+
+
+@pytest.fixture
+def page(browser: Browser, service: Service) -> Iterator[Page]:
+    """The start page; what any page complains of fails the test, but for calls that could not get through."""
+    complaints: list[str] = []
+    opened = browser.new_page(viewport={"width": 360, "height": 800})
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda said: None if said.text.startswith("Failed to load") else complaints.append(said.text))
+    opened.goto(f"{service.url}/ui/")
+    expect(opened.get_by_role("heading", level=1)).to_be_visible()
+    yield opened
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert complaints == []
+    opened.close()
+
+
+def tickets(n: int = 90) -> str:
+    """A column of texts and two that look like labels, of which `category` is the usual name."""
+    texts, labels = labelled_texts(n)
+    rows = "".join(f"{text},{label},team {i % 3}\n" for i, (text, label) in enumerate(zip(texts, labels, strict=True)))
+    return "text,category,team\n" + rows
+
+
+def drop(page: Page, table: str, name: str = "tickets.csv") -> None:
+    make = "([text, name]) => { const data = new DataTransfer(); data.items.add(new File([text], name)); return data; }"
+    page.dispatch_event("body", "drop", {"dataTransfer": page.evaluate_handle(make, [table, name])})
+
+
+def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_result(service, page):
+    drop(page, tickets())
+    expect(page.get_by_role("heading", name="tickets")).to_be_focused()
+    preview = page.get_by_role("region", name="First rows")
+    expect(preview.get_by_role("columnheader", name="category recognised")).to_be_visible()
+
+    page.get_by_label("Column of the labels").select_option("team")
+    page.get_by_role("button", name="Read it again like this").click()
+    expect(preview.get_by_role("columnheader", name="Label team")).to_be_visible()
+    expect(preview.get_by_text("recognised")).to_have_count(1)
+    until(
+        lambda: [found["label_column"] for found in service.items("/datasets")] == ["team"], 20, "one dataset is left"
+    )
+
+    page.get_by_text("Options", exact=True).click()
+    page.get_by_label("Base model").select_option(BERT)
+    page.get_by_label("Epochs").fill("3")
+    page.get_by_label("Seed").fill("-1")
+    page.get_by_text("Options", exact=True).click()
+    begin = page.get_by_role("button", name="Compare prompting and fine-tuning")
+    begin.click()
+    expect(page.get_by_label("Seed")).to_be_focused()  # unfolded again, to show what is wrong
+    page.get_by_label("Seed").fill("7")
+    begin.dblclick()
+    page.wait_for_url(re.compile("#/job/job_"))
+    assert [job["spec"]["seed"] for job in service.items("/jobs")] == [7]
+    expect(page.get_by_text("Waits for a worker")).to_be_visible()
+
+    service.start_worker()
+    expect(page.get_by_role("img", name=re.compile("^Loss. Training loss was"))).to_be_visible(timeout=LONG)
+    service.stop("api")
+    service.start_api()
+    expect(page.get_by_text("succeeded").first).to_be_visible(timeout=LONG)
+    expect(page.get_by_role("img", name=re.compile("after epoch 3"))).to_be_visible()
+    log = page.get_by_role("region", name="Log, newest first").get_by_role("listitem")
+    told = log.all_inner_texts()
+    assert len(told) == len(set(told)) >= 8
+    headline = service.items("/jobs")[0]["summary"]["headline"]
+    expect(page.get_by_text(headline).first).to_be_visible()
+
+    page.reload()
+    expect(page.get_by_text(headline).first).to_be_visible()
+    expect(log).to_have_count(len(told))
+    expect(page.get_by_role("img", name=re.compile("^Loss. Training loss was"))).to_be_visible()
+
+
+def test_warnings_open_to_their_rows_and_hostile_texts_stay_texts(page):
+    rows = [(f"{HOSTILE} number {i}", ("a", HOSTILE)[i % 2]) for i in range(12)]
+    rows += [("", "a"), ("twice", "a"), ("twice", HOSTILE)]
+    drop(page, "text,label\n" + "".join('"{}","{}"\n'.format(*(x.replace('"', '""') for x in row)) for row in rows))
+    warning = page.get_by_text("Rows have the same text and different labels")
+    warning.click()
+    shown = page.get_by_role("region", name=re.compile("^Rows: Rows have the same text"))
+    expect(shown.get_by_role("row")).to_contain_text(["Row", "13twicea", f"14twice{HOSTILE}"])
+    expect(page.get_by_role("rowheader", name=HOSTILE)).to_be_visible()
+    assert page.locator("main img").count() == 0
+    assert page.evaluate("window.owned") is None
+
+
+def test_what_is_refused_can_be_read_another_way_or_without_its_rare_labels(service, page):
+    before = len(service.items("/datasets"))
+    drop(page, "one,two\n" + "".join(f"x{i % 2},y{i % 3}\n" for i in range(12)) + "x0,rare\n")
+    expect(page.get_by_role("alert")).to_contain_text("Expected a column of texts, recognised none")
+    page.get_by_label("Column of the texts").select_option("one")
+    page.get_by_label("Column of the labels").select_option("two")
+    page.get_by_role("button", name="Read it again like this").click()
+    expect(page.get_by_role("alert")).to_contain_text("rare")
+    assert len(service.items("/datasets")) == before  # nothing refused is kept
+
+
+def test_rows_of_rare_labels_are_dropped_at_a_click(page):
+    drop(page, tickets(30) + "alone,rare,team 0\n")
+    page.get_by_role("button", name="Drop those rows and go on").click()
+    expect(page.get_by_text("Rows of rare labels are left out.")).to_be_visible()
+
+
+def test_a_file_is_chosen_by_keyboard_and_an_upload_can_be_stopped(page):
+    held = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/datasets", hold)
+    page.keyboard.press("Tab")
+    choose = page.get_by_label("Choose a file")
+    for _ in range(12):
+        if choose.evaluate("node => node === document.activeElement"):
+            break
+        page.keyboard.press("Tab")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files({"name": "t.csv", "mimeType": "text/csv", "buffer": tickets().encode()})
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_label("Choose a file")).to_be_attached()
+    assert len(held) == 1
+
+
+def test_a_dataset_in_use_says_why_it_cannot_be_deleted(service, page):
+    answer = httpx.post(f"{service.url}/datasets", files={"file": ("busy.csv", tickets())})
+    dataset = answer.json()["id"]
+    if "worker" in service.processes:
+        service.stop("worker")
+    job = httpx.post(f"{service.url}/jobs", content=json.dumps({"dataset_id": dataset})).json()["id"]
+    page.goto(f"{service.url}/ui/#/datasets")
+    page.get_by_role("button", name="Delete busy").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("job")
+    page.keyboard.press("Escape")
+    page.goto(f"{service.url}/ui/#/job/{job}")
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Cancel the job").click()
+    expect(page.get_by_role("button", name="Retry")).to_be_visible()
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible()
+    assert job not in [found["id"] for found in service.items("/jobs")]
