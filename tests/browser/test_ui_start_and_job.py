@@ -143,6 +143,8 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
     assert [job["spec"]["seed"] for job in service.items("/jobs")] == [7]
     expect(page.get_by_text("Waits for a worker")).to_be_visible()
 
+    expect(page).to_have_title("tickets – tuneproof")
+
     service.start_worker()
     expect(page.get_by_role("img", name=re.compile("^Loss. Training loss was"))).to_be_visible(timeout=LONG)
     service.stop("api")
