@@ -131,6 +131,7 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
     page.get_by_text("Options", exact=True).click()
     page.get_by_label("Base model").select_option(BERT)
     page.get_by_label("Epochs").fill("3")
+    page.get_by_label("Longest text, in tokens").fill("32")
     page.get_by_label("Seed").fill("-1")
     page.get_by_text("Options", exact=True).click()
     begin = page.get_by_role("button", name="Compare prompting and fine-tuning")
@@ -138,16 +139,18 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
     expect(page.get_by_label("Seed")).to_be_focused()  # unfolded again, to show what is wrong
     page.get_by_label("Seed").fill("7")
     begin.dblclick()
-    page.wait_for_url(re.compile("#/job/job_"))
+    expect(page).to_have_url(re.compile("#/job/job_"))
     assert [job["spec"]["seed"] for job in service.items("/jobs")] == [7]
     expect(page.get_by_text("Waits for a worker")).to_be_visible()
+
+    expect(page).to_have_title("tickets – tuneproof")
 
     service.start_worker()
     expect(page.get_by_role("img", name=re.compile("^Loss. Training loss was"))).to_be_visible(timeout=LONG)
     service.stop("api")
     service.start_api()
     expect(page.get_by_text("succeeded").first).to_be_visible(timeout=LONG)
-    expect(page.get_by_role("img", name=re.compile("after epoch 3"))).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile(r"^Validation macro-F1\. 0\.\d+ after epoch"))).to_be_visible()
     log = page.get_by_role("region", name="Log, newest first").get_by_role("listitem")
     told = log.all_inner_texts()
     assert len(told) == len(set(told)) >= 8

@@ -72,9 +72,16 @@ function View({ name, id, ...given }) {
   const known = VIEWS[name];
   const { data: page, error } = useLoad(() => (known ? import(`./views/${known}.js`) : Promise.resolve(null)), [name]);
   useEffect(() => {
-    const heading = document.querySelector("main h1");
-    document.title = heading ? `${heading.textContent} – tuneproof` : "tuneproof";
-  });
+    // A page draws its heading when it knows it, which may be well after it was opened.
+    const name = () => {
+      const heading = document.querySelector("main h1");
+      document.title = heading ? `${heading.textContent} – tuneproof` : "tuneproof";
+    };
+    const observer = new MutationObserver(name);
+    observer.observe(document.querySelector("main"), { childList: true, characterData: true, subtree: true });
+    name();
+    return () => observer.disconnect();
+  }, []);
   if (error) return html`<${Trouble} error=${error} />`;
   if (!known) return html`<h1>No such page</h1><p><a href="#/">Start anew</a></p>`;
   return page ? html`<${page.default} id=${id} ...${given} />` : html`<${Loading} />`;

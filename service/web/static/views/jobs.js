@@ -25,7 +25,7 @@ export default function Jobs({ id }) {
 function Card({ job }) {
   const running = job.status === "running" || job.status === "cancelling";
   return html`<div class="line"><a href=${`#/job/${job.id}`}><strong><bdi>${job.name}</bdi></strong></a> <${Status} of=${job.status} /></div>
-    <p class="soft">${job.kind}, started <${Time} at=${job.created_at} />${running && `, ${job.stage}, ${percent(job.progress.fraction, 0)}`}</p>
+    <p class="soft">${job.kind}, asked for <${Time} at=${job.created_at} />${running && `, ${job.stage}, ${percent(job.progress.fraction, 0)}`}</p>
     ${running && html`<progress max="1" value=${job.progress.fraction} aria-label=${`Progress of ${job.name}`}></progress>`}
     ${job.summary?.headline && html`<p>${job.summary.headline}</p>`}
     ${job.error && html`<p>${job.error.message}</p>`}`;

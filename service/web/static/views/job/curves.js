@@ -1,5 +1,5 @@
 // How training goes: its loss as it falls, and what validation says after each epoch.
-import { Lines } from "../../charts.js";
+import { Lines } from "./lines.js";
 import { html, percent, Scroll } from "../../ui.js";
 
 const short = (value) => (value == null ? "–" : value.toFixed(3));

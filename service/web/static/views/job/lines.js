@@ -1,5 +1,5 @@
 // Small charts as SVG, drawn at the width there is, each with its figures in words.
-import { html, useEffect, useRef, useState } from "./ui.js";
+import { html, useEffect, useRef, useState } from "../../ui.js";
 
 const HEIGHT = 200;
 const MARGIN = { top: 10, right: 12, bottom: 34, left: 46 };
