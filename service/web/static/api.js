@@ -12,6 +12,7 @@ export class Problem extends Error {
     this.errors = body.errors || [];
     this.columns = body.columns || [];
     this.requestId = body.request_id;
+    this.retryAfter = body.retryAfter; // seconds; null where the service names none
   }
 }
 
@@ -41,7 +42,8 @@ export async function call(method, path, { query, json, form, signal, key = toke
   const data = await answer.json().catch(() => ({}));
   if (!answer.ok) {
     if (answer.status === 401) dispatchEvent(new Event("signed-out"));
-    throw new Problem(answer.status, { detail: `The service answered ${answer.status}.`, ...data });
+    const retryAfter = Number(answer.headers.get("Retry-After")) || null;
+    throw new Problem(answer.status, { detail: `The service answered ${answer.status}.`, ...data, retryAfter });
   }
   return data;
 }
@@ -59,6 +61,16 @@ export async function all(path, query = {}, most = 2000) {
   }
   return found;
 }
+
+/** Waits; aborted, it throws as an aborted `fetch` does. */
+export const pause = (seconds, signal) =>
+  new Promise((done, stop) => {
+    const timer = setTimeout(done, 1000 * seconds);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      stop(signal.reason);
+    });
+  });
 
 /** A random name; `crypto.randomUUID` is there on https and localhost alone. */
 export const token = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
