@@ -7,7 +7,7 @@ import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query
@@ -61,11 +61,12 @@ def list_flips(
     candidate: Method = None,
     baseline: Method = None,
     label: Annotated[str | None, Query(description="The true label.")] = None,
+    flip: Literal["fixed", "broken"] | None = None,
     limit: Limit = 50,
     after: Annotated[int, Query(ge=0, le=2**63 - 1, description="The last id seen.")] = 0,
 ) -> Page[FlipOut]:
     """The rows that one side of a comparison has right and the other wrong: comparison by comparison, by row."""
-    asked = {"candidate": candidate, "baseline": baseline, "label": label}
+    asked = {"candidate": candidate, "baseline": baseline, "label": label, "flip": flip}
     with contextlib.closing(_records(ctx, artifact_of(ctx, job_id, "flips.csv"))) as records:
         found = (
             _flip(i, record)
