@@ -16,7 +16,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api import datasets, evidence, jobs, models, operations, predict, preflight, problems
+from service.api import datasets, evidence, jobs, models, operations, predict, preflight, problems, promotion
 from service.api.context import Context, authorize
 from service.api.schemas import AliasIn, DatasetForm, PredictIn, Problem
 from service.core.clock import Clock, utc_now
@@ -58,7 +58,7 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
         description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
     )  # fmt: skip
     app.state.context, app.state.meters = context, Meters()
-    for room in (datasets, preflight, jobs, evidence, models, predict, operations):
+    for room in (datasets, preflight, jobs, evidence, models, promotion, predict, operations):
         app.include_router(room.router)
     app.mount("/ui", Pages(), name="ui")
     problems.install(app)

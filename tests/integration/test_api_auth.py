@@ -53,7 +53,10 @@ NEEDS: dict[tuple[str, str], str | None] = {
     ("GET", "/models/{model_id}/download"): "read",
     ("DELETE", "/models/{model_id}"): "write",
     ("GET", "/aliases"): "read",
+    ("GET", "/aliases/{alias}/history"): "read",
+    ("GET", "/aliases/{alias}/gate"): "read",
     ("PUT", "/aliases/{alias}"): "write",
+    ("DELETE", "/aliases/{alias}"): "write",
     ("POST", "/predict"): "predict",
 }
 GUARDED = [route for route, needed in NEEDS.items() if needed is not None]
