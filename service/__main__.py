@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def serve(given: argparse.Namespace) -> int:
     """Runs the API; refuses to listen beyond loopback as long as anybody could walk in."""
-    import uvicorn
-
+    from service import server
     from service.main import create_app
 
     asked = {name: value for name, value in (("host", given.host), ("port", given.port)) if value is not None}
@@ -53,7 +52,7 @@ def serve(given: argparse.Namespace) -> int:
                 "with `tuneproof keys create --name me --scope admin`, or set TUNEPROOF_BOOTSTRAP_KEY."
             )
     _refuse_taken_port(settings.host, settings.port)
-    uvicorn.run(
+    server.run(
         create_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False,
         timeout_graceful_shutdown=25, server_header=False,
     )  # fmt: skip

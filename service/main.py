@@ -16,15 +16,27 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api import datasets, evidence, jobs, models, operations, predict, preflight, problems, promotion
+from service.api import (
+    datasets,
+    events,
+    evidence,
+    jobs,
+    models,
+    operations,
+    predict,
+    preflight,
+    problems,
+    promotion,
+    session,
+)
 from service.api.context import Context, authorize
-from service.api.schemas import AliasIn, DatasetForm, PredictIn, Problem
+from service.api.schemas import AliasIn, DatasetForm, PredictIn, Problem, SessionIn
 from service.core.clock import Clock, utc_now
 from service.core.errors import TooLarge
 from service.core.ids import new_token
 from service.core.settings import Settings
 from service.core.spec import JobSpec
-from service.db import catalog
+from service.db import catalog, sessions
 from service.db import jobs as job_queue
 from service.db.engine import Database, migrate
 from service.db.models import Model
@@ -58,7 +70,7 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
         description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
     )  # fmt: skip
     app.state.context, app.state.meters = context, Meters()
-    for room in (datasets, preflight, jobs, evidence, models, promotion, predict, operations):
+    for room in (datasets, preflight, jobs, events, evidence, models, promotion, predict, session, operations):
         app.include_router(room.router)
     app.mount("/ui", Pages(), name="ui")
     problems.install(app)
@@ -71,6 +83,7 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context: Context = app.state.context
+    context.stopping = asyncio.Event()  # belongs to this loop
     await run_in_threadpool(migrate, context.settings.resolved_database_url)
     await run_in_threadpool(_bootstrap, context)
     warm = await run_in_threadpool(_models_to_warm, context)
@@ -103,7 +116,7 @@ def _models_to_warm(context: Context) -> list[ServedModel]:
 
 
 async def _housekeeping(context: Context) -> None:
-    """Takes jobs from lost workers and deletes bytes whose grace time is over."""
+    """Takes jobs from lost workers, deletes bytes whose grace time is over, and forgets sessions that have ended."""
     while True:
         try:
             await run_in_threadpool(_round, context)
@@ -116,6 +129,7 @@ def _round(context: Context) -> None:
     now, settings = context.clock(), context.settings
     grace = timedelta(seconds=settings.delete_grace_seconds)
     job_queue.reap(context.db, now, settings.max_attempts, grace)
+    sessions.forget_ended(context.db, now)
     for garbage_id, prefix in job_queue.due_garbage(context.db, now):
         try:
             context.storage.delete(prefix)
@@ -208,7 +222,7 @@ def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:
     """Adds the schemas of bodies that routes read themselves."""
     schemas = document["components"]["schemas"]
     if "JobUpload" not in schemas:
-        bodies = [(model, "validation") for model in (JobSpec, PredictIn, AliasIn, DatasetForm, Problem)]
+        bodies = [(model, "validation") for model in (JobSpec, PredictIn, AliasIn, SessionIn, DatasetForm, Problem)]
         _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         schemas.update(found["$defs"])
         form = schemas["DatasetForm"]

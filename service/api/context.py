@@ -1,5 +1,7 @@
 """What the routes work with, and who may call them."""
 
+import asyncio
+import contextlib
 import ipaddress
 import shutil
 from collections.abc import Awaitable, Callable
@@ -15,8 +17,9 @@ from service.api.problems import from_pydantic
 from service.core.clock import Clock
 from service.core.errors import Forbidden, InvalidInput, LowDisk, TooLarge, Unauthorized
 from service.core.settings import Settings
-from service.db import catalog
+from service.db import catalog, sessions
 from service.db.engine import Database
+from service.db.models import ApiKey
 from service.inference.handle import EngineHandle
 from service.storage import Storage
 
@@ -30,6 +33,8 @@ class Context:
     storage: Storage
     engine: EngineHandle
     clock: Clock
+    stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    open_streams: int = field(default=0, init=False)
     _keys_exist: bool = field(default=False, init=False)
 
     @property
@@ -40,6 +45,12 @@ class Context:
         """Whether a key was ever created; once true, it stays so."""
         self._keys_exist = self._keys_exist or catalog.any_key_ever(self.db)
         return self._keys_exist
+
+    async def pause(self, seconds: float) -> bool:
+        """Waits, less long where the server stops meanwhile; gives whether it does."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+        return self.stopping.is_set()
 
     def refuse_on_low_disk(self) -> None:
         free, least = shutil.disk_usage(self.settings.data_dir).free, self.settings.min_free_bytes
@@ -72,39 +83,87 @@ def scope_of(request: Request) -> str | None:
     return SPECIAL.get(name, "read" if request.method in ("GET", "HEAD") else "write")
 
 
-PUBLIC = {"healthz", "readyz", "home"}
+PUBLIC = {"healthz", "readyz", "home", "get_session", "open_session", "end_session"}
 SPECIAL = {"predict": "predict"}
+SESSION_COOKIE = "tuneproof_session"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls: the holder of a key, or, while no key was ever created, whoever is on this machine (`key` is None)."""
+
+    scope: str
+    key: ApiKey | None
 
 
 async def authorize(request: Request, ctx: Ctx) -> None:
-    """Lets a call through whose key reaches far enough; on every route but the public ones.
+    """Lets a call through whose key reaches far enough, and leaves who it is in `request.state.caller`.
 
     Raises:
         Unauthorized: no key, or one that is unknown, revoked or expired.
-        Forbidden: its scope is too small.
+        Forbidden: its scope is too small, or another site's page sent it with the cookie.
     """
     needed = scope_of(request)
     if needed is None:
         return
-    scope = await run_in_threadpool(scope_of_caller, request, ctx)
-    if catalog.SCOPES.index(scope) < catalog.SCOPES.index(needed):
-        raise Forbidden(f"This call needs a key of scope '{needed}'; this one has '{scope}'.")
+    request.state.caller = caller = await run_in_threadpool(caller_of, request, ctx)
+    if catalog.SCOPES.index(caller.scope) < catalog.SCOPES.index(needed):
+        raise Forbidden(f"This call needs a key of scope '{needed}'; this one has '{caller.scope}'.")
 
 
 def scope_of_caller(request: Request, ctx: Context) -> str:
-    """The scope of the call's key; everything on loopback while no key was ever created. Raises Unauthorized."""
+    """The scope of the call's key. Raises as `caller_of`."""
+    return caller_of(request, ctx).scope
+
+
+def caller_of(request: Request, ctx: Context) -> Caller:
+    """By the `Authorization` header, else the session's cookie, else loopback while no key was ever created.
+
+    Raises:
+        Unauthorized: none of these lets the call in.
+        Forbidden: the cookie would, but the call changes something and comes from another site's page.
+    """
     kind, _, secret = request.headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer" and secret.strip():
         with ctx.db.read() as session:
             key = catalog.find_key(session, secret.strip(), ctx.clock())
         if key is not None:
-            return key.scope
+            return Caller(key.scope, key)
         raise Unauthorized("The key is unknown, revoked or expired. Make one with `tuneproof keys create`.")
+    if token := request.cookies.get(SESSION_COOKIE):
+        with ctx.db.read() as session:
+            key = sessions.key_of(session, token, ctx.clock())
+        if key is not None:
+            if request.method not in ("GET", "HEAD"):
+                refuse_other_sites(request)
+            return Caller(key.scope, key)
     # Without keys whoever is on this machine is let in, but not a page of another site in this machine's browser.
-    from_elsewhere = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
-    if not ctx.keys_exist() and _is_loopback(request) and not from_elsewhere:
-        return "admin"
-    raise Unauthorized("Send a key: `Authorization: Bearer <key>`. Make one with `tuneproof keys create`.")
+    if not ctx.keys_exist() and _is_loopback(request) and _is_local_name(request) and not _from_another_site(request):
+        return Caller("admin", None)
+    raise Unauthorized(
+        "Send a key: `Authorization: Bearer <key>`, or sign in with it (POST /session). Make one with "
+        "`tuneproof keys create`."
+    )
+
+
+def refuse_other_sites(request: Request) -> None:
+    if _from_another_site(request):
+        raise Forbidden(
+            "A page of another site sent this call (by Sec-Fetch-Site, or by an Origin that is not the Host). Call "
+            "from the service's own pages or with `Authorization: Bearer <key>`; a proxy must pass on the Host header."
+        )
+
+
+def _from_another_site(request: Request) -> bool:
+    """What the browser says of the page that sent the call; programs say nothing.
+
+    Source: Filippo Valsorda, "Cross-Site Request Forgery", 2025 (the algorithm of Go's CrossOriginProtection).
+    """
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    host = request.headers.get("host", "").lower()
+    return origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}")
 
 
 def _is_loopback(request: Request) -> bool:
@@ -112,6 +171,18 @@ def _is_loopback(request: Request) -> bool:
         return request.client is None or ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
         return True  # no network address: an in-process client
+
+
+def _is_local_name(request: Request) -> bool:
+    """Whether the Host asked for is an address or a name of this network.
+
+    A stranger's page can have its own domain name resolve to 127.0.0.1; the browser then takes us for its own site.
+    """
+    asked = request.headers.get("host", "")
+    host = (asked.rpartition(":")[0] or asked).strip("[]").lower()
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return "." not in host or host.endswith(".localhost")
 
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -13,12 +13,12 @@ from starlette.exceptions import HTTPException
 
 from service.api.context import Context, Ctx, Limit, after, json_body, parse_json
 from service.api.datasets import UPLOAD_FIELDS, read_form, store, upload_form
-from service.api.schemas import ArtifactOut, EventOut, JobOut, Page, ProgressOut
+from service.api.schemas import ArtifactOut, JobOut, Page, ProgressOut
 from service.core.endpoints import endpoint_name
 from service.core.errors import InvalidData, InvalidInput, NotFound
 from service.core.spec import ENDPOINT_PREFIX, JobSpec, Kind
 from service.db import catalog, jobs
-from service.db.models import Artifact, Event, Job
+from service.db.models import Artifact, Job
 from service.ml.base_models import EMBEDDED, find_base
 
 router = APIRouter(tags=["jobs"])
@@ -92,15 +92,17 @@ def get_job(ctx: Ctx, job_id: str) -> JobOut:
 async def wait_for_job(
     request: Request, ctx: Ctx, job_id: str, timeout_seconds: Annotated[float, Query(ge=0, le=60)] = 30.0
 ) -> JobOut:
-    """Answers as soon as the job's status or stage changes, it has ended, or the time is over."""
+    """Answers as soon as the job's status or stage changes, it has ended, or the time is over.
+
+    A server that stops does not wait for it either.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     first = job = await run_in_threadpool(get_job, ctx, job_id)
     while not job.terminal and (job.status, job.stage) == (first.status, first.stage):
         left = deadline - loop.time()
-        if left <= 0 or await request.is_disconnected():
+        if left <= 0 or await request.is_disconnected() or await ctx.pause(min(_SECONDS_BETWEEN_LOOKS, left)):
             break
-        await asyncio.sleep(min(_SECONDS_BETWEEN_LOOKS, left))
         job = await run_in_threadpool(get_job, ctx, job_id)
     return job
 
@@ -125,22 +127,6 @@ def delete_job(ctx: Ctx, job_id: str) -> Response:
     with ctx.db.write() as session:
         jobs.remove(session, job_id, ctx.clock(), ctx.grace)
     return Response(status_code=204)
-
-
-@router.get("/jobs/{job_id}/events", response_model=Page[EventOut])
-def list_events(
-    ctx: Ctx,
-    job_id: str,
-    limit: Limit = 50,
-    after: Annotated[int, Query(ge=0, le=2**63 - 1, description="The last id seen.")] = 0,
-) -> Page[EventOut]:
-    """What happened, oldest first."""
-    with ctx.db.read() as session:
-        jobs.get(session, job_id)
-        query = select(Event).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit + 1)
-        rows = session.scalars(query).all()
-        data = [EventOut.model_validate(row, from_attributes=True) for row in rows[:limit]]
-        return Page(data=data, has_more=len(rows) > limit)
 
 
 @router.get("/jobs/{job_id}/report", response_class=Response)

@@ -41,6 +41,7 @@ STATUS: dict[type[AppError], int] = {
     errors.PromotionRefused: 409,
     errors.LeaseLost: 409,
     errors.QueueFull: 429,
+    errors.TooManyStreams: 503,
     errors.EngineUnavailable: 503,
     errors.BaseLoading: 503,
     errors.BaseNotServed: 503,

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator, model_validator
 
 from service.ml.evidence import PairedComparison, Rows
 
@@ -310,6 +310,25 @@ class PredictOut(BaseModel):
     predictions: list[PredictionOut]
     usage: UsageOut
     threshold: ThresholdOut | None = None
+
+
+class SessionIn(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    key: Annotated[SecretStr, Field(min_length=1, max_length=1000)]
+
+
+class SessionKeyOut(BaseModel):
+    id: str
+    name: str
+
+
+class SessionOut(BaseModel):
+    """`key` is null on loopback while no key was ever created."""
+
+    scope: Literal["predict", "read", "write", "admin"]
+    key: SessionKeyOut | None
+    keys_exist: bool
 
 
 class HealthOut(BaseModel):

@@ -155,6 +155,12 @@ class QueueFull(AppError):
     code = "queue_full"
 
 
+class TooManyStreams(AppError):
+    """The process holds as many event streams as it may."""
+
+    code = "too_many_streams"
+
+
 class EngineUnavailable(AppError):
     """The engine process is starting, or was lost and is being started again."""
 

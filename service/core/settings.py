@@ -73,6 +73,10 @@ class Settings(BaseSettings):
     ] = 20_000_000
     predict_timeout_seconds: Annotated[float, Field(gt=0, description="After this `/predict` answers 504.")] = 60.0
 
+    max_event_streams: Annotated[
+        int, Field(ge=1, description="Event streams one API process holds open; the next is answered 503.")
+    ] = 100
+
     @model_validator(mode="after")
     def _queue_holds_one_call(self) -> "Settings":
         if self.predict_queue_chars < self.predict_max_chars:

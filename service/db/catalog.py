@@ -146,9 +146,11 @@ def create_key(
 def find_key(session: Session, secret: str, now: datetime) -> ApiKey | None:
     """The live key of that secret. Looked up by its hash, so timing tells nothing about other secrets."""
     key = session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == _hash(secret))).one_or_none()
-    if key is None or key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
-        return None
-    return key
+    return key if key is not None and is_live(key, now) else None
+
+
+def is_live(key: ApiKey, now: datetime) -> bool:
+    return key.revoked_at is None and (key.expires_at is None or key.expires_at > now)
 
 
 def any_key_ever(db: Database) -> bool:

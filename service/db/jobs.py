@@ -289,8 +289,12 @@ def remove(session: Session, job_id: str, now: datetime, grace: timedelta) -> No
 def get(session: Session, job_id: str, *, lock: bool = False) -> Job:
     job = session.get(Job, job_id, with_for_update=True if lock else None)
     if job is None:
-        raise NotFound("No job has that id. List them with GET /jobs.")
+        raise no_such_job()
     return job
+
+
+def no_such_job() -> NotFound:
+    return NotFound("No job has that id. List them with GET /jobs.")
 
 
 def open_jobs_on(dataset_id: str) -> Select[str]:

@@ -178,6 +178,32 @@ class ApiKey(Base):
     revoked_at: Mapped[datetime | None]
 
 
+class BrowserSession(Base):
+    """A cookie that counts as a key, by the hash of its token. It ends with its key."""
+
+    __tablename__ = "sessions"
+
+    token_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"))
+    expires_at: Mapped[datetime]
+
+
+class IdempotentAnswer(Base):
+    """What one caller was answered under one Idempotency-Key; without a status, whoever holds `token` is at it."""
+
+    __tablename__ = "idempotent_answers"
+
+    caller: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    token: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    taken_until: Mapped[datetime]
+    status: Mapped[int | None]
+    body: Mapped[dict[str, Any] | None]
+    location: Mapped[str | None]
+
+
 class Worker(Base):
     """A worker process and when it was last seen."""
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
@@ -19,6 +18,7 @@ from service.core.settings import Settings
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
 from service.main import create_app
+from service.server import Server
 from tests.rows import StillClock, fresh_database
 from tests.waiting import until
 
@@ -41,10 +41,11 @@ class QuietEngine:
         raise EngineUnavailable("The engine is starting. Ask again in a moment.")
 
 
-def make_app(data_dir: Path, *, clock: Clock | None = None, **settings: Any) -> FastAPI:
-    """The application over an empty database; its time stands still at `START` unless a clock is given."""
+def make_app(data_dir: Path, *, clock: Clock | None = None, fresh: bool = True, **settings: Any) -> FastAPI:
+    """The application over an empty database, or what is there; its time stands still unless a clock is given."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    fresh_database(data_dir).close()
+    if fresh:
+        fresh_database(data_dir).close()
     app = create_app(Settings(data_dir=data_dir, **{"min_free_bytes": 0} | settings), clock or StillClock())
     app.state.context.engine = QuietEngine()
     return app
@@ -73,7 +74,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 @contextlib.contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The application behind uvicorn on a free port; gives its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, server_header=False))
+    server = Server(app, host="127.0.0.1", port=0, log_config=None, server_header=False)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started, 20, "the server listens")

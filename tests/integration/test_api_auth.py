@@ -58,9 +58,13 @@ NEEDS: dict[tuple[str, str], str | None] = {
     ("PUT", "/aliases/{alias}"): "write",
     ("DELETE", "/aliases/{alias}"): "write",
     ("POST", "/predict"): "predict",
+    ("GET", "/session"): None,
+    ("POST", "/session"): None,
+    ("DELETE", "/session"): None,
 }
 GUARDED = [route for route, needed in NEEDS.items() if needed is not None]
-OPEN = [route for route, needed in NEEDS.items() if needed is None]
+# Signing in asks for a key in its own way: test_api_session.py.
+OPEN = [route for route, needed in NEEDS.items() if needed is None and route[1] != "/session"]
 
 
 def call(client: TestClient, route: tuple[str, str], key: str | None = None) -> Any:
@@ -233,10 +237,10 @@ def test_a_server_beyond_loopback_without_a_key_refuses_to_start_and_says_how(ho
 def test_an_empty_bootstrap_key_opens_no_door(
     home: Path, monkeypatch: pytest.MonkeyPatch, host: str, bootstrap_key: str | None
 ) -> None:
-    import uvicorn
+    from service import server
 
     started: list[Any] = []
-    monkeypatch.setattr(uvicorn, "run", lambda *given, **_: started.append(given))
+    monkeypatch.setattr(server, "run", lambda *given, **_: started.append(given))
     if bootstrap_key is not None:
         monkeypatch.setenv("TUNEPROOF_BOOTSTRAP_KEY", bootstrap_key)
     assert main(["serve", "--host", host]) == 2
@@ -245,10 +249,10 @@ def test_an_empty_bootstrap_key_opens_no_door(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_a_server_on_loopback_needs_no_key(home: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    import uvicorn
+    from service import server
 
     started: list[Any] = []
-    monkeypatch.setattr(uvicorn, "run", lambda *given, **named: started.append(named["host"]))
+    monkeypatch.setattr(server, "run", lambda *given, **named: started.append(named["host"]))
     assert main(["serve", "--host", host]) == 0
     assert started == [host]
 
@@ -256,7 +260,7 @@ def test_a_server_on_loopback_needs_no_key(home: Path, monkeypatch: pytest.Monke
 def test_keys_are_made_listed_and_revoked_and_shown_once(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import uvicorn
+    from service import server
 
     assert main(["keys", "create", "--name", "app", "--scope", "predict", "--expires-days", "30"]) == 0
     made = capsys.readouterr()
@@ -272,5 +276,5 @@ def test_keys_are_made_listed_and_revoked_and_shown_once(
     assert "revoked" in capsys.readouterr().out
     assert main(["keys", "revoke", "key_0"]) == 2
     # Keys exist now, so nobody can walk in: the server may listen anywhere.
-    monkeypatch.setattr(uvicorn, "run", lambda *_given, **_named: None)
+    monkeypatch.setattr(server, "run", lambda *_given, **_named: None)
     assert main(["serve", "--host", "0.0.0.0"]) == 0
