@@ -21,6 +21,7 @@ from service.api import (
     events,
     evidence,
     jobs,
+    keys,
     models,
     operations,
     predict,
@@ -30,13 +31,13 @@ from service.api import (
     session,
 )
 from service.api.context import Context, authorize
-from service.api.schemas import AliasIn, DatasetForm, PredictIn, Problem, SessionIn
+from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
 from service.core.clock import Clock, utc_now
 from service.core.errors import TooLarge
 from service.core.ids import new_token
 from service.core.settings import Settings
 from service.core.spec import JobSpec
-from service.db import catalog, sessions
+from service.db import catalog, idempotency, sessions
 from service.db import jobs as job_queue
 from service.db.engine import Database, migrate
 from service.db.models import Model
@@ -70,7 +71,8 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
         description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
     )  # fmt: skip
     app.state.context, app.state.meters = context, Meters()
-    for room in (datasets, preflight, jobs, events, evidence, models, promotion, predict, session, operations):
+    rooms = (datasets, preflight, jobs, events, evidence, models, promotion, predict, session, keys, operations)
+    for room in rooms:
         app.include_router(room.router)
     app.mount("/ui", Pages(), name="ui")
     problems.install(app)
@@ -116,7 +118,7 @@ def _models_to_warm(context: Context) -> list[ServedModel]:
 
 
 async def _housekeeping(context: Context) -> None:
-    """Takes jobs from lost workers, deletes bytes whose grace time is over, and forgets sessions that have ended."""
+    """Takes jobs from lost workers, deletes bytes whose grace time is over, and forgets old sessions and answers."""
     while True:
         try:
             await run_in_threadpool(_round, context)
@@ -130,6 +132,7 @@ def _round(context: Context) -> None:
     grace = timedelta(seconds=settings.delete_grace_seconds)
     job_queue.reap(context.db, now, settings.max_attempts, grace)
     sessions.forget_ended(context.db, now)
+    idempotency.forget_old(context.db, now)
     for garbage_id, prefix in job_queue.due_garbage(context.db, now):
         try:
             context.storage.delete(prefix)
@@ -222,7 +225,9 @@ def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:
     """Adds the schemas of bodies that routes read themselves."""
     schemas = document["components"]["schemas"]
     if "JobUpload" not in schemas:
-        bodies = [(model, "validation") for model in (JobSpec, PredictIn, AliasIn, SessionIn, DatasetForm, Problem)]
+        bodies = [
+            (model, "validation") for model in (JobSpec, PredictIn, AliasIn, SessionIn, KeyIn, DatasetForm, Problem)
+        ]
         _, found = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         schemas.update(found["$defs"])
         form = schemas["DatasetForm"]

@@ -84,7 +84,7 @@ def scope_of(request: Request) -> str | None:
 
 
 PUBLIC = {"healthz", "readyz", "home", "get_session", "open_session", "end_session"}
-SPECIAL = {"predict": "predict"}
+SPECIAL = {"predict": "predict", "list_keys": "admin", "create_key": "admin", "revoke_key": "admin"}
 SESSION_COOKIE = "tuneproof_session"
 
 

@@ -3,21 +3,24 @@
 import hashlib
 import itertools
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path, PurePath
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
-from starlette.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 from starlette.datastructures import UploadFile
 
 from service.api.context import Context, Ctx, Limit, after
+from service.api.idempotency import IdempotencyKey, answer_once, form_content, respond
 from service.api.problems import from_pydantic
 from service.api.schemas import DatasetForm, DatasetOut, Page, RowOut
 from service.core.errors import InvalidInput, NotFound, TooLarge
 from service.core.ids import new_id, new_token
 from service.db import catalog
+from service.db.idempotency import Answer, Claim, keep
 from service.db.models import Dataset
 from service.ml.dataset import TableFormat, UploadOptions, profile, read_rows
 from service.storage import StoredText
@@ -25,15 +28,23 @@ from service.storage import StoredText
 router = APIRouter(tags=["datasets"])
 _CHUNK = 1 << 20
 UPLOAD_FIELDS = tuple(DatasetForm.model_fields)
+Made = TypeVar("Made")
 
 
 @router.post("/datasets", status_code=201, response_model=DatasetOut, openapi_extra={"requestBody": {"content": {
     "multipart/form-data": {"schema": {"$ref": "#/components/schemas/DatasetUpload"}}}, "required": True}})  # fmt: skip
-async def create_dataset(request: Request, ctx: Ctx) -> DatasetOut:
+async def create_dataset(request: Request, ctx: Ctx, key: IdempotencyKey = None) -> Response:
     """Upload a CSV or TSV; the answer says how it was read and what was found in it."""
     upload, fields = await read_form(request, UPLOAD_FIELDS)
-    dataset = await run_in_threadpool(store, ctx, upload, upload_form(fields))
-    return dataset_out(dataset)
+    form = upload_form(fields)
+
+    def make(claim: Claim) -> Answer:
+        def answered(session: Session, dataset: Dataset) -> Answer:
+            return keep(session, claim, 201, dataset_out(dataset).model_dump(mode="json"), None)
+
+        return store(ctx, upload, form, answered)
+
+    return respond(await answer_once(request, ctx, key, lambda: form_content(fields, upload.file), make))
 
 
 @router.get("/datasets", response_model=Page[DatasetOut])
@@ -109,8 +120,10 @@ def upload_form(fields: dict[str, str]) -> DatasetForm:
         raise from_pydantic(error, DatasetForm) from None
 
 
-def store(ctx: Context, upload: UploadFile, form: DatasetForm) -> Dataset:
+def store(ctx: Context, upload: UploadFile, form: DatasetForm, then: Callable[[Session, Dataset], Made]) -> Made:
     """Checks an upload, puts its bytes into the storage, then its row into the database.
+
+    `then` is what else belongs into the row's transaction; what it gives is given.
 
     Raises:
         InvalidData, UnsupportedMedia, TooLarge: it cannot be used; nothing of it is kept.
@@ -129,10 +142,11 @@ def store(ctx: Context, upload: UploadFile, form: DatasetForm) -> Dataset:
     try:
         with ctx.db.write() as session:
             session.add(dataset)
+            session.flush()
+            return then(session, dataset)
     except BaseException:
         ctx.storage.delete(stored.key)
         raise
-    return dataset
 
 
 def dataset_out(dataset: Dataset) -> DatasetOut:
@@ -144,12 +158,13 @@ def dataset_out(dataset: Dataset) -> DatasetOut:
         size_bytes=dataset.size_bytes, n_rows=found["n_rows"], n_usable_rows=found["n_usable_rows"], **columns,
         delimiter=table["delimiter"], has_header=table["has_header"], encoding=table["encoding"],
         inferred=list(found["inferred"]), labels=found["labels"], text_length=found["text_length"],
-        warnings=found["warnings"],
+        warnings=found["warnings"], columns=found.get("columns", []),
     )  # fmt: skip
 
 
 def _copy(source: IO[bytes], target: Any, max_bytes: int) -> tuple[str, int]:
     digest, size = hashlib.sha256(), 0
+    source.seek(0)
     while chunk := source.read(_CHUNK):
         size += len(chunk)
         if size > max_bytes:

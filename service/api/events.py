@@ -18,7 +18,7 @@ from service.db import jobs
 from service.db.models import Event, Job
 
 router = APIRouter(tags=["jobs"])
-_SECONDS_BETWEEN_LOOKS = 0.25
+_SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_PINGS = 15.0
 _EVENTS_A_LOOK = 200
 _WEIGHT = re.compile(r"\s*q=([01](?:\.[0-9]{0,3})?)\s*", re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -9,16 +10,19 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from service.api.context import Context, Ctx, Limit, after, json_body, parse_json
 from service.api.datasets import UPLOAD_FIELDS, read_form, store, upload_form
-from service.api.schemas import ArtifactOut, JobOut, Page, ProgressOut
+from service.api.idempotency import IdempotencyKey, answer_once, form_content, json_content, respond
+from service.api.schemas import ArtifactOut, DatasetForm, JobOut, Page, ProgressOut
 from service.core.endpoints import endpoint_name
 from service.core.errors import InvalidData, InvalidInput, NotFound
 from service.core.spec import ENDPOINT_PREFIX, JobSpec, Kind
 from service.db import catalog, jobs
-from service.db.models import Artifact, Job
+from service.db.idempotency import Answer, Claim, keep
+from service.db.models import Artifact, Dataset, Job
 from service.ml.base_models import EMBEDDED, find_base
 
 router = APIRouter(tags=["jobs"])
@@ -40,30 +44,17 @@ _PAGE_HEADERS = {
 @router.post("/jobs", status_code=202, response_model=JobOut, openapi_extra={"requestBody": {"content": {
     "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
     "multipart/form-data": {"schema": {"$ref": "#/components/schemas/JobUpload"}}}, "required": True}})  # fmt: skip
-async def create_job(request: Request, response: Response, ctx: Ctx) -> JobOut:
+async def create_job(request: Request, ctx: Ctx, key: IdempotencyKey = None) -> Response:
     """Start a job: JSON that names a dataset, or one multipart call with the CSV itself."""
-    ctx.refuse_on_low_disk()
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         upload, fields = await read_form(request, ("spec", *UPLOAD_FIELDS))
+        sent = dict(fields)
         spec = parse_json(JobSpec, fields.pop("spec", "{}"))
-        if spec.dataset_id is not None:
-            raise InvalidInput("Send either `file` or `dataset_id`, not both.")
-        check_spec(ctx, spec)
         form = upload_form(fields)
-        refuse_unlabelled(spec, labelled=form.labelled)
-        dataset = await run_in_threadpool(store, ctx, upload, form)
-        spec = spec.model_copy(update={"dataset_id": dataset.id})
-    else:
-        spec = await json_body(JobSpec, _MAX_SPEC_BYTES)(request)
-        if spec.dataset_id is None:
-            raise InvalidInput(
-                "A JSON job needs `dataset_id`; to send the CSV with the job, use multipart/form-data with `file`.",
-                errors=[{"loc": ["dataset_id"], "message": "missing"}],
-            )
-        check_spec(ctx, spec)
-    job = await run_in_threadpool(_submit, ctx, spec)
-    response.headers["Location"] = f"/jobs/{job.id}"
-    return job
+        make = partial(_start_on_upload, ctx, upload, form, spec)
+        return respond(await answer_once(request, ctx, key, lambda: form_content(sent, upload.file), make))
+    spec = await json_body(JobSpec, _MAX_SPEC_BYTES)(request)
+    return respond(await answer_once(request, ctx, key, lambda: json_content(spec), partial(_start, ctx, spec)))
 
 
 @router.get("/jobs", response_model=Page[JobOut])
@@ -197,18 +188,36 @@ def refuse_unlabelled(spec: JobSpec, *, labelled: bool) -> None:
         )
 
 
-def _submit(ctx: Context, spec: JobSpec) -> JobOut:
-    assert spec.dataset_id is not None  # checked by the caller
+def _start_on_upload(ctx: Context, upload: UploadFile, form: DatasetForm, spec: JobSpec, claim: Claim) -> Answer:
+    """The file's dataset and the job, in one transaction: where the job is refused, nothing stays."""
+    if spec.dataset_id is not None:
+        raise InvalidInput("Send either `file` or `dataset_id`, not both.")
+    check_spec(ctx, spec)
+    refuse_unlabelled(spec, labelled=form.labelled)
+    return store(ctx, upload, form, lambda session, dataset: _submit(ctx, session, dataset, spec, claim))
+
+
+def _start(ctx: Context, spec: JobSpec, claim: Claim) -> Answer:
+    ctx.refuse_on_low_disk()
+    if spec.dataset_id is None:
+        raise InvalidInput(
+            "A JSON job needs `dataset_id`; to send the CSV with the job, use multipart/form-data with `file`.",
+            errors=[{"loc": ["dataset_id"], "message": "missing"}],
+        )
+    check_spec(ctx, spec)
     with ctx.db.write() as session:
-        dataset = catalog.get_dataset(session, spec.dataset_id)
-        refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
-        _refuse_unknown_labels(spec, {label["label"] for label in dataset.profile["labels"]})
-        spec = spec.model_copy(update={"name": spec.name or dataset.name})
-        job = jobs.submit(
-            session, kind=spec.kind, name=spec.name or dataset.name, dataset_id=dataset.id,
-            spec=spec.model_dump(exclude={"model", "metadata", "dataset_id"}), metadata=spec.metadata, now=ctx.clock(),
-        )  # fmt: skip
-        return _job_out(session, job)
+        return _submit(ctx, session, catalog.get_dataset(session, spec.dataset_id), spec, claim)
+
+
+def _submit(ctx: Context, session: Session, dataset: Dataset, spec: JobSpec, claim: Claim) -> Answer:
+    refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
+    _refuse_unknown_labels(spec, {label["label"] for label in dataset.profile["labels"]})
+    name = spec.name or dataset.name
+    job = jobs.submit(
+        session, kind=spec.kind, name=name, dataset_id=dataset.id, metadata=spec.metadata, now=ctx.clock(),
+        spec=spec.model_dump(exclude={"model", "metadata", "dataset_id"}) | {"name": name},
+    )  # fmt: skip
+    return keep(session, claim, 202, _job_out(session, job).model_dump(mode="json"), f"/jobs/{job.id}")
 
 
 def _refuse_unknown_labels(spec: JobSpec, labels: set[str]) -> None:

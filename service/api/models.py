@@ -10,10 +10,11 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
 from service.api.context import Ctx, Limit, after
-from service.api.schemas import ModelOut, Page
+from service.api.schemas import BaseModelOut, ModelOut, Page
 from service.core.errors import NotFound
 from service.db import catalog
 from service.db.models import Model
+from service.ml.base_models import allowed_models
 
 router = APIRouter(tags=["models"])
 
@@ -59,6 +60,13 @@ def delete_model(ctx: Ctx, model_id: str) -> Response:
     with ctx.db.write() as session:
         catalog.remove_model(session, model_id, ctx.clock(), ctx.grace)
     return Response(status_code=204)
+
+
+@router.get("/base-models", response_model=Page[BaseModelOut])
+def list_base_models(ctx: Ctx) -> Page[BaseModelOut]:
+    """What a job may name; whether it can be had here is found out when a job asks for it."""
+    known = allowed_models(ctx.settings.models_dir).values()
+    return Page(data=[BaseModelOut.model_validate(base) for base in known], has_more=False)
 
 
 def _models_out(session: Session, models: list[Model]) -> list[ModelOut]:

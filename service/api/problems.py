@@ -32,6 +32,7 @@ STATUS: dict[type[AppError], int] = {
     errors.RareLabels: 422,
     errors.InvalidSplit: 422,
     errors.UnknownBaseModel: 422,
+    errors.IdempotencyKeyReused: 422,
     errors.UnsupportedMedia: 415,
     errors.TooLarge: 413,
     errors.Unauthorized: 401,
@@ -42,6 +43,7 @@ STATUS: dict[type[AppError], int] = {
     errors.LeaseLost: 409,
     errors.QueueFull: 429,
     errors.TooManyStreams: 503,
+    errors.StillAnswering: 503,
     errors.EngineUnavailable: 503,
     errors.BaseLoading: 503,
     errors.BaseNotServed: 503,
@@ -62,9 +64,9 @@ _SLUGS = {
 
 def problem(
     request: Request, status: int, code: str, detail: str, entries: Sequence[Mapping[str, Any]] = (),
-    headers: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None,
 ) -> JSONResponse:  # fmt: skip
-    """One error answer; 401, 429 and 503 get the header that says what to do next."""
+    """One error answer; 401, 429 and 503 get the header that says what to do next. `more` are extension members."""
     headers = dict(headers or {})
     if status in (429, 503):
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
@@ -78,6 +80,7 @@ def problem(
         "code": code,
         "errors": [_clean_entry(entry) for entry in entries],
         "request_id": request.scope.get("state", {}).get("request_id", ""),
+        **(more or {}),
     }
     return JSONResponse(body, status, headers, MEDIA_TYPE)
 
@@ -88,7 +91,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(AppError)
     async def app_error(request: Request, error: AppError) -> JSONResponse:
         detail = f"{error.detail} {error.hint}" if error.hint else error.detail
-        return problem(request, STATUS[type(error)], error.code, detail, error.errors)
+        more = {"columns": error.columns} if isinstance(error, errors.ColumnNotFound) else {}
+        return problem(request, STATUS[type(error)], error.code, detail, error.errors, more=more)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints,
 from service.ml.evidence import PairedComparison, Rows
 
 Item = TypeVar("Item")
+Scope = Literal["predict", "read", "write", "admin"]
 
 
 class Page(BaseModel, Generic[Item]):
@@ -18,7 +19,7 @@ class Page(BaseModel, Generic[Item]):
 
 
 class Problem(BaseModel):
-    """RFC 9457."""
+    """RFC 9457. `columns`, those of the file, is there where a column was not found or not recognised."""
 
     type: str
     title: str
@@ -27,6 +28,7 @@ class Problem(BaseModel):
     code: str
     errors: list[dict[str, Any]]
     request_id: str
+    columns: list[str] | None = None
 
 
 class DatasetForm(BaseModel):
@@ -81,6 +83,7 @@ class DatasetOut(BaseModel):
     labels: list[LabelCountOut]
     text_length: TextLengthOut
     warnings: list[WarningOut]
+    columns: Annotated[list[str], Field(description="Up to 1,000; empty for datasets of before columns were kept.")]
 
 
 class RowOut(BaseModel):
@@ -312,6 +315,41 @@ class PredictOut(BaseModel):
     threshold: ThresholdOut | None = None
 
 
+class KeyIn(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    scope: Scope
+    expires_days: Annotated[float, Field(gt=0, le=36_500)] | None = None
+
+
+class KeyOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    name: str
+    scope: Scope
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+class NewKeyOut(KeyOut):
+    """`key` is the secret, which is not shown again."""
+
+    key: str
+
+
+class BaseModelOut(BaseModel):
+    """A name for `base_model`; a generative one may also be a `prompt_model`. `max_length` is in tokens."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str
+    max_length: int
+    generative: bool
+
+
 class SessionIn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -326,7 +364,7 @@ class SessionKeyOut(BaseModel):
 class SessionOut(BaseModel):
     """`key` is null on loopback while no key was ever created."""
 
-    scope: Literal["predict", "read", "write", "admin"]
+    scope: Scope
     key: SessionKeyOut | None
     keys_exist: bool
 

@@ -58,9 +58,13 @@ class DuplicateColumns(InvalidData):
 
 
 class ColumnNotFound(InvalidData):
-    """A column was asked for that is not there, or none could be recognised."""
+    """A column was asked for that is not there, or none could be recognised. `columns` are those that are there."""
 
     code = "column_not_found"
+
+    def __init__(self, detail: str, *, columns: Sequence[str] = (), **given: Any) -> None:
+        super().__init__(detail, **given)
+        self.columns = list(columns)
 
 
 class NoRows(InvalidData):
@@ -103,6 +107,12 @@ class UnknownBaseModel(InvalidInput):
     """A base model that is not on the allow-list."""
 
     code = "unknown_base_model"
+
+
+class IdempotencyKeyReused(InvalidInput):
+    """An Idempotency-Key that came with another request before."""
+
+    code = "idempotency_key_reused"
 
 
 class UnsupportedMedia(AppError):
@@ -159,6 +169,12 @@ class TooManyStreams(AppError):
     """The process holds as many event streams as it may."""
 
     code = "too_many_streams"
+
+
+class StillAnswering(AppError):
+    """The first request with this Idempotency-Key is still being answered."""
+
+    code = "still_answering"
 
 
 class EngineUnavailable(AppError):

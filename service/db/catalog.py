@@ -18,7 +18,7 @@ from service.db.models import Alias, AliasMove, ApiKey, Dataset, Garbage, Job, M
 SCOPES = ("predict", "read", "write", "admin")
 """Each holds those before it."""
 
-Listed = TypeVar("Listed", Dataset, Job, Model)
+Listed = TypeVar("Listed", Dataset, Job, Model, ApiKey)
 
 
 def newest(
@@ -165,7 +165,7 @@ def list_keys(session: Session) -> list[ApiKey]:
 def revoke_key(session: Session, key_id: str, now: datetime) -> None:
     key = session.get(ApiKey, key_id)
     if key is None:
-        raise NotFound("No key has that id. List them with `tuneproof keys list`.")
+        raise NotFound("No key has that id. List them with GET /keys or `tuneproof keys list`.")
     key.revoked_at = key.revoked_at or now
 
 

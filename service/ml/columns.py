@@ -18,6 +18,7 @@ _LABEL_NAMES = """
 TEXT_NAMES = frozenset(_TEXT_NAMES.split())
 LABEL_NAMES = frozenset(_LABEL_NAMES.split())
 SPLIT_NAMES = frozenset({"split", "partition", "subset", "fold"})
+MOST_TOLD = 1_000  # columns; a table of texts has a few
 LONGEST_LABEL = 100  # characters; by shape alone, anything longer is taken for a text
 
 Rows = Sequence[Sequence[str]]
@@ -27,6 +28,11 @@ def shown(name: str) -> str:
     """A column or label as messages name it: shortened, and without bytes that no JSON can hold."""
     name = name.encode(errors="backslashreplace").decode()
     return name if len(name) <= 60 else name[:59] + "…"
+
+
+def told(names: Sequence[str]) -> list[str]:
+    """The names as a caller may choose from them: whole, but without bytes that no JSON can hold."""
+    return [name.encode(errors="backslashreplace").decode() for name in names[:MOST_TOLD]]
 
 
 def column_names(first: Sequence[str], *, has_header: bool) -> list[str]:
@@ -129,7 +135,7 @@ def _not_found(problem: str, names: Sequence[str], role: str) -> ColumnNotFound:
     advice = (
         f"Pass {role} with one of them" if len(names) > 1 else "Pass delimiter if cells are cut by another character"
     )
-    return ColumnNotFound(f"{problem}. The columns are: {listed}. {advice}.")
+    return ColumnNotFound(f"{problem}. The columns are: {listed}. {advice}.", columns=told(names))
 
 
 def _looks_like_labels(values: Sequence[str]) -> bool:

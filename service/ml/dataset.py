@@ -107,7 +107,7 @@ class LabelCount:
 
 @dataclass(frozen=True)
 class DatasetProfile:
-    """What a file holds and how it is read; `labels` are sorted by code point."""
+    """What a file holds and how it is read; `labels` are sorted by code point, `columns` stand as in the file."""
 
     format: TableFormat
     inferred: tuple[str, ...]
@@ -116,6 +116,7 @@ class DatasetProfile:
     labels: tuple[LabelCount, ...]
     text_length: TextLength
     warnings: tuple[DatasetWarning, ...]
+    columns: tuple[str, ...] = ()
 
 
 class Row(NamedTuple):
@@ -134,7 +135,7 @@ def profile(path: Path, options: UploadOptions) -> DatasetProfile:
         UnsupportedMedia: not a text file.
         InvalidData: by its subclasses, every other reason to refuse the file.
     """
-    table, inferred = _recognise(path, options)
+    table, inferred, names = _recognise(path, options)
     scan = _scan(path, table, options.max_labels)
     usable = np.flatnonzero((scan.lengths > 0) & (scan.label_ids >= 0))
     if not usable.size:
@@ -166,6 +167,7 @@ def profile(path: Path, options: UploadOptions) -> DatasetProfile:
         labels=tuple(LabelCount(label, n) for label, n in sorted(zip(scan.labels, counts, strict=False)) if n),
         text_length=TextLength(*(int(length) for length in lengths)),
         warnings=tuple(warning for warning in warnings if warning.count),
+        columns=names,
     )
 
 
@@ -195,8 +197,8 @@ def read_frame(file: TextSource, table: TableFormat) -> "pd.DataFrame":
     return frame
 
 
-def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[str, ...]]:
-    """How to read the file, and what of that is inferred."""
+def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[str, ...], tuple[str, ...]]:
+    """How to read the file, what of that is inferred, and the columns there are."""
     refuse_binary(path)
     encoding = resolve_encoding(path, options.encoding)
     lines = head_lines(path, encoding)
@@ -236,7 +238,9 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
         literal_quotes=dialect.literal_quotes,
         labelled=options.labelled,
     )
-    return table, tuple(name for name, is_inferred in inferred.items() if is_inferred)
+    names = columns.column_names(head[0], has_header=has_header)
+    guessed = tuple(name for name, is_inferred in inferred.items() if is_inferred)
+    return table, guessed, tuple(columns.told(names))
 
 
 def _assign_columns(
@@ -251,7 +255,9 @@ def _assign_columns(
     taken = [i for i in (text, label, split) if i is not None]
     if len(set(taken)) < len(taken):
         listed = ", ".join(shown(names[i]) for i in taken)
-        raise ColumnNotFound(f"Expected different columns for text, label and split, found {listed}.")
+        raise ColumnNotFound(
+            f"Expected different columns for text, label and split, found {listed}.", columns=columns.told(names)
+        )
     if text is None:
         text = columns.guess_text(names, rows, taken)
     if label is None and options.labelled:

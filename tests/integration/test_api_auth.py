@@ -58,6 +58,10 @@ NEEDS: dict[tuple[str, str], str | None] = {
     ("PUT", "/aliases/{alias}"): "write",
     ("DELETE", "/aliases/{alias}"): "write",
     ("POST", "/predict"): "predict",
+    ("GET", "/base-models"): "read",
+    ("GET", "/keys"): "admin",
+    ("POST", "/keys"): "admin",
+    ("DELETE", "/keys/{key_id}"): "admin",
     ("GET", "/session"): None,
     ("POST", "/session"): None,
     ("DELETE", "/session"): None,
@@ -69,7 +73,7 @@ OPEN = [route for route, needed in NEEDS.items() if needed is None and route[1] 
 
 def call(client: TestClient, route: tuple[str, str], key: str | None = None) -> Any:
     method, path = route
-    for name in ("dataset_id", "job_id", "model_id", "alias", "name"):
+    for name in ("dataset_id", "job_id", "model_id", "key_id", "alias", "name"):
         path = path.replace(f"{{{name}}}", "x")
     return client.request(method, path, headers={"authorization": f"Bearer {key}"} if key is not None else {})
 

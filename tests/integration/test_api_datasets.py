@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from tests.integration.conftest import listening, make_app
 from tests.problems import problem_of
+from tests.rows import add_dataset
 
 Start = Callable[..., TestClient]
 HEADER = "text,label\n"
@@ -51,7 +52,7 @@ def test_an_upload_is_answered_with_its_profile(client: TestClient) -> None:
     assert body == {
         "name": "Tickets 2026", "sha256": hashlib.sha256(GOOD).hexdigest(), "size_bytes": len(GOOD), "n_rows": 9,
         "n_usable_rows": 9, "text_column": "text", "label_column": "label", "split_column": None, "delimiter": ",",
-        "has_header": True, "encoding": "utf-8",
+        "has_header": True, "encoding": "utf-8", "columns": ["text", "label"],
         "labels": [{"label": "fee", "count": 4}, {"label": "refund", "count": 5}],
         "text_length": {"p50_chars": 21, "p95_chars": 21, "max_chars": 21} | {
             "p50_chars": len("a text about refund 0"), "p95_chars": len("a text about refund 0")},
@@ -70,6 +71,36 @@ def test_an_upload_is_answered_with_its_profile(client: TestClient) -> None:
 )
 def test_a_files_name_is_only_ever_shown(client: TestClient, filename: str, name: str) -> None:
     assert upload(client, GOOD, filename).json()["name"] == name
+
+
+def test_a_page_is_told_the_columns_to_choose_from(client: TestClient) -> None:
+    """Also where none was recognised, or the one asked for is not there."""
+    content = b"when;note;who;\xc3\xa4\n" + b"".join(b"2026-03-%02d;n%d;w%d;u%d\n" % (i, i, i, i) for i in range(1, 9))
+    columns = ["when", "note", "who", "\u00e4"]
+    for form in ({}, {"label_column": "topic"}, {"text_column": "9"}, {"text_column": "note", "label_column": "1"}):
+        body = problem_of(upload(client, content, has_header="true", **form), 422, "column_not_found")
+        assert body["columns"] == columns, form
+    chosen = {"text_column": "note", "labelled": "false"}
+    dataset = upload(client, content, **chosen).json()
+    assert dataset["columns"] == columns
+    assert client.get(f"/datasets/{dataset['id']}").json()["columns"] == columns
+    spec_too = client.post(
+        "/jobs", files={"file": ("a.csv", content)}, data={"label_column": "topic", "has_header": "true"}
+    )
+    assert problem_of(spec_too, 422, "column_not_found")["columns"] == columns
+
+
+def test_columns_have_names_where_the_file_gives_none_and_are_not_told_without_end(client: TestClient) -> None:
+    rows = b"".join(b"some words %d,%s\n" % (i, b"ab"[i % 2 : i % 2 + 1]) for i in range(12))
+    assert upload(client, rows).json()["columns"] == ["column_0", "column_1"]
+    wide = b",".join(b"c%d" % i for i in range(1200)) + b"\n" + b",".join([b"x"] * 1200) + b"\n"
+    body = problem_of(upload(client, wide, text_column="nowhere", has_header="true"), 422, "column_not_found")
+    assert body["columns"] == [f"c{i}" for i in range(1000)]
+
+
+def test_a_dataset_of_before_columns_were_kept_has_none_to_tell(client: TestClient) -> None:
+    dataset_id = add_dataset(client.app.state.context.db)  # type: ignore[attr-defined]
+    assert client.get(f"/datasets/{dataset_id}").json()["columns"] == []
 
 
 def test_given_columns_and_names_are_used(client: TestClient) -> None:

@@ -13,7 +13,7 @@ FORM = "name text_column label_column split_column delimiter has_header encoding
 # What other programs may rely on: fields may be added, these keep their names.
 FIELDS = {
     "DatasetOut": "id name created_at sha256 size_bytes n_rows n_usable_rows text_column label_column split_column "
-    "delimiter has_header encoding inferred labels text_length warnings",
+    "delimiter has_header encoding inferred labels text_length warnings columns",
     "TextLengthOut": "p50_chars p95_chars max_chars",
     "WarningOut": "code message count rows",
     "LabelCountOut": "label count",
@@ -47,14 +47,28 @@ FIELDS = {
     "PredictionOut": "label confidence probabilities abstained truncated",
     "UsageOut": "texts tokens",
     "SessionIn": "key",
+    "KeyIn": "name scope expires_days",
+    "KeyOut": "id name scope created_at expires_at revoked_at",
+    "NewKeyOut": "id name scope created_at expires_at revoked_at key",
+    "BaseModelOut": "name max_length generative",
     "SessionOut": "scope key keys_exist",
     "SessionKeyOut": "id name",
-    "Problem": "type title status detail code errors request_id",
+    "Problem": "type title status detail code errors request_id columns",
 }
-SUCCESS = {"POST /datasets": "201", "POST /jobs": "202", "POST /jobs/{job_id}/cancel": "202",
-           "POST /jobs/{job_id}/retry": "202", "DELETE /datasets/{dataset_id}": "204", "DELETE /jobs/{job_id}": "204",
-           "DELETE /models/{model_id}": "204", "DELETE /aliases/{alias}": "204", "POST /session": "204",
-           "DELETE /session": "204"}  # fmt: skip
+SUCCESS = {
+    "POST /datasets": "201",
+    "POST /jobs": "202",
+    "POST /jobs/{job_id}/cancel": "202",
+    "POST /jobs/{job_id}/retry": "202",
+    "DELETE /datasets/{dataset_id}": "204",
+    "DELETE /jobs/{job_id}": "204",
+    "DELETE /models/{model_id}": "204",
+    "DELETE /aliases/{alias}": "204",
+    "POST /keys": "201",
+    "DELETE /keys/{key_id}": "204",
+    "POST /session": "204",
+    "DELETE /session": "204",
+}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +133,7 @@ def test_bodies_that_a_route_reads_itself_are_described(document: dict[str, Any]
         ("/predict", "post", {"application/json"}),
         ("/aliases/{alias}", "put", {"application/json"}),
         ("/session", "post", {"application/json"}),
+        ("/keys", "post", {"application/json"}),
     ):
         body = document["paths"][path][method]["requestBody"]
         assert (set(body["content"]), body["required"]) == (kinds, True)
