@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypedDict, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypedDict, cast
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tuneproof.results import Prediction
 
-    Source = str | PathLike[str] | BinaryIO | pd.DataFrame
+Source: TypeAlias = "str | PathLike[str] | BinaryIO | pd.DataFrame"
 
 
 class TableOptions(TypedDict, total=False):
