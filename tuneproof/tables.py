@@ -92,7 +92,7 @@ def with_text(texts: pd.Series[Any]) -> list[tuple[int, str]]:
 
 
 def prediction_frame(texts: pd.Series[Any], predictions: Mapping[int, Prediction]) -> pd.DataFrame:
-    """`label` and `confidence` on the index of `texts`, by position; NA where there is no prediction or no label."""
+    """`label` and `confidence` on the index of `texts`, by position; None and NaN where there is none."""
     import pandas as pd
 
     rows: Sequence[Prediction | None] = [predictions.get(i) for i in range(len(texts))]
@@ -100,7 +100,7 @@ def prediction_frame(texts: pd.Series[Any], predictions: Mapping[int, Prediction
     confidences = [row.confidence if row else None for row in rows]
     return pd.DataFrame(
         {
-            "label": pd.Series(labels, index=texts.index, dtype="str" if any(labels) else "object"),
+            "label": pd.Series(labels, index=texts.index, dtype="object"),
             "confidence": pd.Series(confidences, index=texts.index, dtype="float64"),
         }
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from tuneproof.commands.options import EXIT_CODES, FAILED, INTERRUPTED, ApiKey, AsJson, JobId, Limit, Url, connect
 from tuneproof.commands.show import (
@@ -87,7 +88,7 @@ def list_jobs(limit: Limit = 20, as_json: AsJson = False, url: Url = DEFAULT_URL
             job.status,
             f"{job.progress.fraction:.0%}",
             f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
-            job.name,
+            Text(job.name),
         )
     print_table(table)
 
