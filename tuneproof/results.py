@@ -170,8 +170,8 @@ class Job(Result):
 class Event(Result):
     """Something that happened in a job; of type `status`, `progress`, `metric` or `message`.
 
-    A `progress` event of a stream is not kept: it has no `id`, and its `data` holds stage, fraction, eta_seconds,
-    status and attempt.
+    Those of type `progress` come in streams alone and are not kept: their `data` holds stage, fraction, eta_seconds,
+    status and attempt, and their `id` is that of the kept event before.
     """
 
     type: str
