@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tuneproof import Client
@@ -76,6 +77,38 @@ def test_every_block_of_the_page_runs_in_order(
     assert "validation macro-F1" in shown
     assert "422 rare_labels" in shown or "422 too_few_labels" in shown
     names["client"].close()
+
+
+class LosesFirstAnswers(httpx.HTTPTransport):
+    """The server does what it is asked, and of each POST the first answer never arrives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: list[str] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        answer = super().handle_request(request)
+        key = request.headers.get("Idempotency-Key", "")
+        if key and key not in self.lost:
+            self.lost.append(key)
+            raise httpx.ReadError("lost", request=request)
+        return answer
+
+
+def test_a_lost_answer_creates_nothing_twice(data_dir: Path, port: int, tickets: Path) -> None:
+    losing = LosesFirstAnswers()
+    with up(data_dir, port) as url, Client(url, transport=losing) as client:
+        client.ready(wait_seconds=120)
+        dataset = client.datasets.upload(tickets, name="once")
+        assert [one.id for one in client.datasets.list() if one.name == "once"] == [dataset.id]
+        jobs = [client.jobs.submit(source, {"kind": "baseline"}, name="once") for source in (dataset, tickets)]
+        assert {one.id for one in client.jobs.list() if one.name == "once"} == {job.id for job in jobs}
+        for job in jobs:
+            client.jobs.cancel(job.id)
+        again = [client.jobs.submit(dataset, name="mine", idempotency_key="mine").id for _ in range(2)]
+        client.jobs.cancel(again[0])
+    assert len(losing.lost) > 3
+    assert len(set(again)) == 1
 
 
 def test_a_stream_and_a_wait_survive_a_restart_of_the_server(data_dir: Path, port: int, tickets: Path) -> None:
