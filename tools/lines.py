@@ -8,6 +8,8 @@ from pathlib import Path
 BUDGET = 9_500
 """Lines of code: docstrings say what a caller must know, and are not what a budget should make dearer (decision 12)."""
 ROOT = Path(__file__).parent.parent
+MADE = ROOT / "tuneproof" / "sync"
+"""Written by tools/make_sync.py; nobody keeps it."""
 ROOMS = ("tuneproof", "service", "worker", "migrations", "tools", "benchmarks", "tests")
 
 
@@ -33,7 +35,7 @@ def main() -> int:
     code: Counter[str] = Counter()
     docstrings: Counter[str] = Counter()
     for name in ROOMS:
-        for path in (ROOT / name).rglob("*.py"):
+        for path in (path for path in (ROOT / name).rglob("*.py") if MADE not in path.parents):
             lines = lines_of(path)
             for of in (room(path), *(["all but tests"] if name != "tests" else [])):
                 code[of], docstrings[of] = code[of] + lines[0], docstrings[of] + lines[1]

@@ -9,23 +9,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.text import Text
 
-from tuneproof.cli import (
+from tuneproof.commands.show import (
     command_name,
     err,
+    follow,
     out,
     plain_table,
     score,
-    served_model,
     show_progress,
     show_result,
     warnings_of,
 )
-from tuneproof.client import DEFAULT_URL, Client, Job, TuneproofError
+from tuneproof.errors import TuneproofError
 from tuneproof.processes import running, server_command
+from tuneproof.results import Job
+from tuneproof.sync.client import DEFAULT_URL, Client
 
 EXAMPLE = "support_tickets.csv"
 NEW_TEXTS = [
@@ -37,6 +39,7 @@ KEPT = ("report.html", "metrics.json", "predictions.csv", "split.csv", "manifest
 PROMPT_METHODS = {"zero_shot_prompt", "few_shot_prompt"}
 PROMPT_DEFAULT = "qwen3-0.6b"
 READY_WITHIN_SECONDS = 120.0
+State = TypeVar("State")
 
 
 class DemoFailed(Exception):
@@ -84,14 +87,14 @@ def go_through(
     """
     wait_until_ready(client, check)
     out.print(f"One call of POST {client.url}/jobs with {shown_path(path)}:")
-    job = show_progress(checked(client.watch(submit(client, path, prompt)["id"]), check))
-    if job["status"] != "succeeded":
+    job = show_progress(checked(follow(client, submit(client, path, prompt).id), check))
+    if job.status != "succeeded":
         show_result(job)
-        raise DemoFailed(f"The job ended as {job['status']}.")
-    out.print(f"{job['id']} {job['status']}.\n")
-    show_result(job, warnings_of(client, job["id"]))
+        raise DemoFailed(f"The job ended as {job.status}.")
+    out.print(f"{job.id} {job.status}.\n")
+    show_result(job, warnings_of(client, job.id))
 
-    folder = data_dir / "demo" / job["id"]
+    folder = data_dir / "demo" / job.id
     kept = keep_artifacts(client, job, folder)
     for name in ("report.html", "metrics.json", "predictions.csv"):
         if name not in kept:
@@ -99,17 +102,17 @@ def go_through(
     show_comparison(json.loads((folder / "metrics.json").read_text("utf-8")))
 
     ask(client, job, unseen_texts(folder / "predictions.csv") if own_file else NEW_TEXTS)
-    out.print(f"\nThe report is {shown_path(folder / 'report.html')} (GET /jobs/{job['id']}/report).")
+    out.print(f"\nThe report is {shown_path(folder / 'report.html')} (GET /jobs/{job.id}/report).")
     others = ", ".join(name for name in kept if name != "report.html")
-    out.print(f"Beside it lie {others} (GET /jobs/{job['id']}/artifacts/…).")
-    if prompt is None and not PROMPT_METHODS & set((job["summary"] or {})["methods"]):
+    out.print(f"Beside it lie {others} (GET /jobs/{job.id}/artifacts/…).")
+    if prompt is None and not PROMPT_METHODS & set(job.summary.methods if job.summary else ()):
         say_how_to_prompt()
 
 
 def submit(client: Client, path: Path, prompt: str | None) -> Job:
     asked = {"baseline": {"prompt_model": prompt}} if prompt else {}
     try:
-        return client.submit(path, {"name": path.stem, **asked})
+        return client.jobs.submit(path, {"name": path.stem, **asked})
     except TuneproofError as error:
         if error.status not in (401, 403):
             raise
@@ -122,10 +125,10 @@ def submit(client: Client, path: Path, prompt: str | None) -> Job:
 def keep_artifacts(client: Client, job: Job, folder: Path) -> list[str]:
     """Download what people look at; returns the names."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = {artifact["name"] for artifact in job["artifacts"]}
+    there = {artifact.name for artifact in job.artifacts}
     names = [name for name in KEPT if name in there]
     for name in names:
-        client.download(job["id"], name, folder / name)
+        client.jobs.download(job.id, name, folder / name)
     return names
 
 
@@ -153,14 +156,14 @@ def show_comparison(metrics: Mapping[str, Any]) -> None:
 
 
 def ask(client: Client, job: Job, texts: list[str]) -> None:
-    served = served_model(job)
-    if served is None:
+    if job.served is None:
         raise DemoFailed("The job published no model.")
-    answer = client.predict(served[0], texts)
-    out.print(f"\nPOST /predict, model {answer['model_id']} ({served[1]}):")
+    model_id, method = job.served
+    answer = client.predict(model_id, texts)
+    out.print(f"\nPOST /predict, model {answer.model_id} ({method}):")
     table = plain_table("label", "confidence", "text")
-    for text, prediction in zip(texts, answer["predictions"], strict=True):
-        table.add_row(Text(prediction["label"] or ""), score(prediction["confidence"]), Text(text))
+    for text, prediction in zip(texts, answer.predictions, strict=True):
+        table.add_row(Text(prediction.label or ""), score(prediction.confidence), Text(text))
     out.print(table, soft_wrap=False)
 
 
@@ -191,9 +194,9 @@ def check_alive(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
             raise DemoFailed(f"The process `{name}` ended by itself, with code {code}.")
 
 
-def checked(jobs: Iterator[Job], check: Callable[[], None]) -> Iterator[Job]:
-    for job in jobs:
-        yield job
+def checked(states: Iterator[State], check: Callable[[], None]) -> Iterator[State]:
+    for state in states:
+        yield state
         check()
 
 

@@ -1,0 +1,1 @@
+"""The commands by room; `tuneproof.cli` puts them together."""

@@ -1,0 +1,135 @@
+"""Models, what they are called, and what they say to texts; datasets beside them."""
+
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import Annotated
+
+import typer
+from rich.text import Text
+from typer.core import TyperGroup
+
+from tuneproof.commands.options import EXIT_CODES, AliasName, ApiKey, AsJson, Limit, ModelId, ModelOrAlias, Url, connect
+from tuneproof.commands.show import err, out, plain_table, print_json, print_table, score
+from tuneproof.processes import become
+from tuneproof.sync.client import DEFAULT_URL
+
+TEXTS_PER_CALL = 128
+PANEL = "Models and datasets"
+
+app = typer.Typer()
+models = typer.Typer(cls=TyperGroup)
+app.add_typer(models, name="models", rich_help_panel=PANEL, epilog=EXIT_CODES)
+
+
+@app.command(rich_help_panel=PANEL, epilog=EXIT_CODES)
+def predict(
+    model: ModelOrAlias,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, the lines of standard input.")] = None,
+    top_k: Annotated[int, typer.Option(help="How many probabilities the JSON holds.")] = 3,
+    min_confidence: Annotated[float, typer.Option(help="Below it the label is left open.")] = 0.0,
+    target_precision: Annotated[
+        float | None, typer.Option(help="Have the server pick the least confidence that was right so often.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per text.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Label texts: prints label, confidence and text, separated by tabs; a label left open is empty.
+
+    An alias that is moved meanwhile changes nothing: one run is answered by one version.
+    """
+    if not texts and sys.stdin.isatty():
+        raise typer.BadParameter("Give texts as arguments, or one a line on standard input.")
+    waiting, note = iter(texts) if texts else _lines(), None
+    with connect(url, api_key) as client:
+        while batch := list(islice(waiting, TEXTS_PER_CALL)):
+            answer = client.predict(
+                model, batch, top_k=top_k, min_confidence=min_confidence, target_precision=target_precision
+            )
+            model = answer.model_id
+            if answer.threshold and note != (note := answer.threshold.note):
+                err.print(note)
+            for text, prediction in zip(batch, answer.predictions, strict=True):
+                if as_json:
+                    shown = {"text": text, **prediction.raw, "model_id": model}
+                    typer.echo(json.dumps(shown, ensure_ascii=False))
+                else:  # one line each, whatever white space a text holds
+                    typer.echo(f"{prediction.label or ''}\t{prediction.confidence:.3f}\t{' '.join(text.split())}")
+
+
+@models.callback(invoke_without_command=True)
+def list_models(
+    ctx: typer.Context, limit: Limit = 50, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None
+) -> None:
+    """List the published models, newest first; `pull` fetches a base model."""
+    if ctx.invoked_subcommand is not None:
+        return
+    with connect(url, api_key) as client:
+        published = list(client.models.list(limit=limit))
+    if as_json:
+        print_json([model.raw for model in published])
+        return
+    table = plain_table("id", "method", "accuracy", "name")
+    for model in published:
+        name = " ".join([model.name, f"v{model.version}", *(f"({alias})" for alias in model.aliases)])
+        table.add_row(model.id, model.method, score(model.metrics.get("accuracy")), Text(name))
+    print_table(table)
+
+
+@models.command("pull")
+def pull_model(name: Annotated[str, typer.Argument(help="A base model of the allow-list.")] = "qwen3-0.6b") -> None:
+    """Fetch a base model's pinned revision from its hub into this machine's cache, and verify its hashes."""
+    become("service", "pull", name)
+
+
+@app.command(rich_help_panel=PANEL, epilog=EXIT_CODES)
+def promote(
+    model: ModelId,
+    alias: AliasName,
+    force: Annotated[bool, typer.Option("--force", help="Also where it is shown to be worse.")] = False,
+    as_json: AsJson = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Point an alias to a model; one shown to be worse than the model it replaces is refused, with exit code 1."""
+    with connect(url, api_key) as client:
+        moved = client.aliases.put(alias, model, force=force)
+    if as_json:
+        print_json(moved.raw)
+        return
+    out.print(f"{moved.alias} is {moved.model_id} now.")
+    if moved.gate and moved.gate.note:
+        err.print(moved.gate.note)
+
+
+@app.command(rich_help_panel=PANEL, epilog=EXIT_CODES)
+def datasets(limit: Limit = 20, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """List the datasets, newest first."""
+    with connect(url, api_key) as client:
+        found = list(client.datasets.list(limit=limit))
+    if as_json:
+        print_json([dataset.raw for dataset in found])
+        return
+    table = plain_table("id", "rows", "labels", "created", "name")
+    for dataset in found:
+        rows, labels = str(dataset.n_usable_rows), str(len(dataset.labels))
+        created = f"{dataset.created_at.astimezone():%Y-%m-%d %H:%M}"
+        table.add_row(dataset.id, rows, labels, created, Text(dataset.name))
+    print_table(table)
+
+
+def _lines() -> Iterator[str]:
+    """The lines of standard input that hold more than white space, whatever the locale takes bytes for."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            found = f"0x{line[error.start]:02x} at byte {error.start + 1}"
+            raise typer.BadParameter(
+                f"Expected UTF-8 on standard input, found {found} of line {number}. Convert it before, for example "
+                "with: iconv -f cp1252 -t utf-8"
+            ) from None
+        if text.strip():
+            yield text
