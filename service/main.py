@@ -32,6 +32,7 @@ from service.inference.handle import EngineHandle
 from service.inference.wire import ServedModel
 from service.ml.base_models import EMBEDDED, find_base
 from service.storage import Storage
+from service.webhooks import Webhooks
 
 _FORM_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
 _PROBLEM: dict[str, Any] = {
@@ -72,7 +73,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(migrate, context.settings.resolved_database_url)
     await run_in_threadpool(_bootstrap, context)
     warm = await run_in_threadpool(_models_to_warm, context)
-    tasks = [asyncio.create_task(context.engine.run(warm)), asyncio.create_task(_housekeeping(context))]
+    webhooks = Webhooks(context.db, context.settings, context.clock)
+    rooms = (context.engine.run(warm), _housekeeping(context), webhooks.run())
+    tasks = [asyncio.create_task(room) for room in rooms]
     yield
     for task in tasks:
         task.cancel()
