@@ -11,13 +11,13 @@ from datetime import timedelta
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import datasets, evidence, jobs, models, operations, predict, preflight, problems
 from service.api.context import Context, authorize
+from service.api.meters import Meters
 from service.api.schemas import AliasIn, DatasetForm, PredictIn, Problem
 from service.core.clock import Clock, utc_now
 from service.core.errors import TooLarge
@@ -126,18 +126,6 @@ def _round(context: Context) -> None:
             job_queue.collected(context.db, garbage_id)
 
 
-class Meters:
-    """What Prometheus sees. Labels are routes and statuses, never anything a user wrote."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        labels = ("method", "route", "status")
-        self.requests = Counter("tuneproof_requests", "Requests answered.", labels, registry=self.registry)
-        self.seconds = Histogram("tuneproof_request_seconds", "Time to answer.", ("route",), registry=self.registry)
-        self.jobs = Gauge("tuneproof_jobs", "Jobs by status.", ("status",), registry=self.registry)
-        self.engine_up = Gauge("tuneproof_engine_up", "Whether the engine process runs.", registry=self.registry)
-
-
 class Envelope:
     """Around every request: its id, its figures, the limit of its body, and a plain 500 where something broke."""
 
@@ -152,12 +140,13 @@ class Envelope:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{new_token()}"
         scope.setdefault("state", {})["request_id"] = request_id
-        status, start = 0, time.perf_counter()
+        status, start, streams = 0, time.perf_counter(), False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
+                streams = any(value.startswith(b"text/event-stream") for _name, value in message.get("headers", ()))
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -176,8 +165,7 @@ class Envelope:
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self.meters.requests.labels(method, route, str(status)).inc()
-            self.meters.seconds.labels(route).observe(time.perf_counter() - start)
+            self.meters.answered(method, route, status, None if streams else time.perf_counter() - start)
 
     def _limited(self, declared: bytes, receive: Receive) -> Receive:
         """`receive`, raising TooLarge at once where the body says it is too large, else as soon as it is.

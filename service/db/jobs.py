@@ -20,6 +20,7 @@ from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
 
 Level = Literal["info", "warning", "error"]
 EventType = Literal["status", "progress", "metric", "message"]
+STATUSES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
 HELD = ("running", "cancelling")
 
