@@ -12,7 +12,6 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +31,7 @@ from service.api import (
     session,
 )
 from service.api.context import Context, authorize
+from service.api.meters import Meters
 from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
 from service.core.clock import Clock, utc_now
 from service.core.errors import TooLarge
@@ -47,6 +47,7 @@ from service.inference.wire import ServedModel
 from service.ml.base_models import EMBEDDED, find_base
 from service.storage import Storage
 from service.web.pages import Pages
+from service.webhooks import Webhooks
 
 _FORM_BYTES = 1 << 20  # the other fields and the boundaries of a multipart body
 _PROBLEM: dict[str, Any] = {
@@ -91,7 +92,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await run_in_threadpool(migrate, context.settings.resolved_database_url)
     await run_in_threadpool(_bootstrap, context)
     warm = await run_in_threadpool(_models_to_warm, context)
-    tasks = [asyncio.create_task(context.engine.run(warm)), asyncio.create_task(_housekeeping(context))]
+    webhooks = Webhooks(context.db, context.settings, context.clock)
+    rooms = (context.engine.run(warm), _housekeeping(context), webhooks.run())
+    tasks = [asyncio.create_task(room) for room in rooms]
     yield
     for task in tasks:
         task.cancel()
@@ -144,18 +147,6 @@ def _round(context: Context) -> None:
             job_queue.collected(context.db, garbage_id)
 
 
-class Meters:
-    """What Prometheus sees. Labels are routes and statuses, never anything a user wrote."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        labels = ("method", "route", "status")
-        self.requests = Counter("tuneproof_requests", "Requests answered.", labels, registry=self.registry)
-        self.seconds = Histogram("tuneproof_request_seconds", "Time to answer.", ("route",), registry=self.registry)
-        self.jobs = Gauge("tuneproof_jobs", "Jobs by status.", ("status",), registry=self.registry)
-        self.engine_up = Gauge("tuneproof_engine_up", "Whether the engine process runs.", registry=self.registry)
-
-
 class Envelope:
     """Around every request: its id, its figures, the limit of its body, and a plain 500 where something broke."""
 
@@ -170,12 +161,13 @@ class Envelope:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{new_token()}"
         scope.setdefault("state", {})["request_id"] = request_id
-        status, start = 0, time.perf_counter()
+        status, start, streams = 0, time.perf_counter(), False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"] == "http.response.start":
                 status = message["status"]
+                streams = any(value.startswith(b"text/event-stream") for _name, value in message.get("headers", ()))
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -194,8 +186,7 @@ class Envelope:
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self.meters.requests.labels(method, route, str(status)).inc()
-            self.meters.seconds.labels(route).observe(time.perf_counter() - start)
+            self.meters.answered(method, route, status, None if streams else time.perf_counter() - start)
 
     def _limited(self, declared: bytes, receive: Receive) -> Receive:
         """`receive`, raising TooLarge at once where the body says it is too large, else as soon as it is.

@@ -82,7 +82,7 @@ def add_dataset(
 
 def add_job(db: Database, dataset_id: str | None = None, *, name: str = "tickets", now: datetime = START) -> str:
     dataset_id = dataset_id or add_dataset(db)
-    spec = JobSpec(name=name).model_dump(exclude={"model", "metadata", "dataset_id"})
+    spec = JobSpec(name=name).model_dump(exclude={"model", "metadata", "dataset_id", "webhook_url"})
     with db.write() as session:
         job = jobs.submit(
             session, kind="experiment", name=name, dataset_id=dataset_id, spec=spec, metadata={}, now=now

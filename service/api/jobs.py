@@ -20,6 +20,7 @@ from service.api.schemas import ArtifactOut, DatasetForm, JobOut, Page, Progress
 from service.core.endpoints import endpoint_name
 from service.core.errors import InvalidData, InvalidInput, NotFound
 from service.core.spec import ENDPOINT_PREFIX, JobSpec, Kind
+from service.core.webhooks import host_of, refuse_webhook
 from service.db import catalog, jobs
 from service.db.idempotency import Answer, Claim, keep
 from service.db.models import Artifact, Dataset, Job
@@ -155,6 +156,8 @@ def check_spec(ctx: Context, spec: JobSpec) -> None:
             "Jobs of kind 'predict' are not in this version yet; call POST /predict with up to 1,024 texts at a time.",
             errors=[{"loc": ["kind"], "message": "expected experiment, train or baseline"}],
         )
+    if spec.webhook_url is not None:
+        refuse_webhook(spec.webhook_url, ctx.settings.webhook_origins)
     models_dir = ctx.settings.models_dir
     base = find_base(EMBEDDED if spec.base_model == "auto" else spec.base_model, models_dir)
     if (endpoint := endpoint_name(spec.baseline.prompt_model)) is not None:
@@ -215,7 +218,8 @@ def _submit(ctx: Context, session: Session, dataset: Dataset, spec: JobSpec, cla
     name = spec.name or dataset.name
     job = jobs.submit(
         session, kind=spec.kind, name=name, dataset_id=dataset.id, metadata=spec.metadata, now=ctx.clock(),
-        spec=spec.model_dump(exclude={"model", "metadata", "dataset_id"}) | {"name": name},
+        spec=spec.model_dump(exclude={"model", "metadata", "dataset_id", "webhook_url"}) | {"name": name},
+        webhook_url=spec.webhook_url,
     )  # fmt: skip
     return keep(session, claim, 202, _job_out(session, job).model_dump(mode="json"), f"/jobs/{job.id}")
 
@@ -255,7 +259,7 @@ def _job_out(session: Session, job: Job) -> JobOut:
     values: dict[str, Any] = {key: getattr(job, key) for key in same}
     return JobOut(
         **values, terminal=job.status in jobs.TERMINAL, progress=progress, metadata=job.job_metadata,
-        artifacts=artifacts,
+        artifacts=artifacts, webhook_host=None if job.webhook_url is None else host_of(job.webhook_url),
     )  # fmt: skip
 
 

@@ -1,23 +1,21 @@
 """For whoever runs the service: is it up, is it ready, how is it doing."""
 
-from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from sqlalchemy import func, select, text
+from prometheus_client import CONTENT_TYPE_LATEST
+from sqlalchemy import text
 from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, scope_of_caller
+from service.api.meters import WORKER_SILENT, Meters
 from service.api.schemas import HealthOut, ReadyOut
 from service.core.errors import Unauthorized
 from service.db import catalog
-from service.db.models import Job
 
 router = APIRouter(tags=["operations"])
-_WORKER_SILENT = timedelta(seconds=30)
 
 
 @router.get("/", include_in_schema=False)
@@ -49,13 +47,9 @@ async def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
 @router.get("/metrics", response_class=Response)
 def metrics(request: Request, ctx: Ctx) -> Response:
     """Prometheus."""
-    meters = request.app.state.meters
+    meters: Meters = request.app.state.meters
     with ctx.db.read() as session:
-        counts = dict(session.execute(select(Job.status, func.count()).group_by(Job.status)).all())
-    for status in ("queued", "running", "cancelling", "succeeded", "failed", "cancelled"):
-        meters.jobs.labels(status).set(counts.get(status, 0))
-    meters.engine_up.set(float(ctx.engine.running))
-    return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(meters.exposition(session, ctx.engine, ctx.clock()), media_type=CONTENT_TYPE_LATEST)
 
 
 def _checks(ctx: Context) -> dict[str, Any]:
@@ -64,7 +58,7 @@ def _checks(ctx: Context) -> dict[str, Any]:
         with ctx.db.read() as session:
             session.execute(text("SELECT 1"))
             checks["workers"] = [
-                row["id"] for row in catalog.workers_seen(session, ctx.clock() - _WORKER_SILENT)
+                row["id"] for row in catalog.workers_seen(session, ctx.clock() - WORKER_SILENT)
             ] or "none seen for 30 s: start one with `tuneproof worker`"
     except Exception as error:  # noqa: BLE001 -- whatever the driver raises, it is not ready
         checks["database"] = f"cannot be read ({type(error).__name__})"

@@ -124,6 +124,7 @@ class JobOut(BaseModel):
     metadata: dict[str, str]
     summary: dict[str, Any] | None
     artifacts: list[ArtifactOut]
+    webhook_host: str | None
 
 
 class EventOut(BaseModel):

@@ -4,7 +4,7 @@ import secrets
 import time
 from typing import Literal
 
-Prefix = Literal["ds", "job", "mdl", "key", "wrk"]
+Prefix = Literal["ds", "job", "mdl", "key", "wrk", "msg"]
 
 
 def new_id(prefix: Prefix) -> str:

@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.core.endpoints import Endpoint, EndpointName
+from service.core.webhooks import Origin, check_secret, parse_origins
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -38,6 +39,18 @@ class Settings(BaseSettings):
         Field(description="A first admin key, stored (hashed) at start where no key exists; for containers."),
     ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="What is logged.")] = "info"
+
+    webhook_hosts: Annotated[
+        str,
+        Field(
+            description="Hosts that jobs may call at their end, comma-separated: `hooks.example.com` (https), "
+            "`*.example.com`, `http://10.0.0.5:9000`; empty turns webhooks off."
+        ),
+    ] = ""
+    webhook_secret: Annotated[
+        SecretStr | None,
+        Field(description="Signs webhooks, as Standard Webhooks does: `whsec_` and 24 to 64 random bytes in base64."),
+    ] = None
 
     max_upload_bytes: Annotated[int, Field(ge=1, description="Largest upload.")] = 2 * GiB
     max_labels: Annotated[int, Field(ge=2, description="Most labels a dataset may have.")] = 1000
@@ -85,6 +98,22 @@ class Settings(BaseSettings):
                 f"({self.predict_max_chars}): an allowed text could never be queued. Raise the first."
             )
         return self
+
+    @model_validator(mode="after")
+    def _webhooks_are_signed(self) -> "Settings":
+        listed = self.webhook_origins
+        if self.webhook_secret is not None:
+            check_secret(self.webhook_secret.get_secret_value())
+        elif listed:
+            raise ValueError(
+                "TUNEPROOF_WEBHOOK_HOSTS needs TUNEPROOF_WEBHOOK_SECRET: whoever is called must be able to tell that "
+                'it was this service. Make one with: echo "whsec_$(openssl rand -base64 32)"'
+            )
+        return self
+
+    @property
+    def webhook_origins(self) -> tuple[Origin, ...]:
+        return parse_origins(self.webhook_hosts)
 
     @property
     def resolved_database_url(self) -> str:

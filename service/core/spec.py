@@ -121,6 +121,10 @@ class JobSpec(_Part):
     learning_curve: Annotated[list[CurveShare], Field(max_length=10)] = []
     margin: Annotated[float, Field(ge=0, le=0.5)] = 0.02
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
+    webhook_url: Annotated[
+        Annotated[str, Field(min_length=1, max_length=2000)] | None,
+        Field(repr=False, description="Called when the job has ended; only its host is ever shown."),
+    ] = None
     model: Annotated[str, Field(max_length=64, description="For kind `predict`: a model's id or alias.")] | None = None
 
     @field_validator("learning_curve")

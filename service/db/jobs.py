@@ -14,11 +14,13 @@ from sqlalchemy.orm import Session
 
 from service.core.errors import Conflict, LeaseLost, NotFound
 from service.core.ids import new_id, new_token
+from service.db import outbox, tallies
 from service.db.engine import Database
 from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
 
 Level = Literal["info", "warning", "error"]
 EventType = Literal["status", "progress", "metric", "message"]
+STATUSES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
 HELD = ("running", "cancelling")
 
@@ -74,14 +76,14 @@ class NewModel:
 
 def submit(
     session: Session, *, kind: str, name: str, dataset_id: str, spec: dict[str, Any], metadata: dict[str, Any],
-    now: datetime,
+    now: datetime, webhook_url: str | None = None,
 ) -> Job:  # fmt: skip
     """Queues a job. Raises NotFound where its dataset is gone."""
     if session.get(Dataset, dataset_id) is None:
         raise NotFound("No dataset has that id. List them with GET /datasets, or upload one with POST /datasets.")
     job = Job(
         id=new_id("job"), kind=kind, name=name, status="queued", stage=None, dataset_id=dataset_id, model_id=None,
-        spec=spec, job_metadata=metadata, summary=None, error=None, created_at=now,
+        spec=spec, job_metadata=metadata, summary=None, error=None, created_at=now, webhook_url=webhook_url,
     )  # fmt: skip
     session.add(job)
     session.flush()
@@ -102,7 +104,7 @@ def claim(db: Database, worker_id: str, now: datetime, lease_seconds: float) -> 
                 status="running", stage="prepare", attempt=Job.attempt + 1, lease_token=new_token(),
                 lease_expires_at=now + timedelta(seconds=lease_seconds), worker_id=worker_id,
                 started_at=func.coalesce(Job.started_at, now), progress_fraction=0.0, progress_message="starting",
-                eta_seconds=None, error=None,
+                eta_seconds=None, error=None, stage_started_at=now,
             )
             .returning(Job),
             execution_options={"synchronize_session": False, "populate_existing": True},
@@ -155,7 +157,11 @@ def report(
     if spec is not None:
         values["spec"] = spec
     with db.write() as session:
-        _held(session, lease, values)
+        before = None if progress is None else session.get(Job, lease.job_id)
+        moved = before is not None and values["stage"] != before.stage
+        _held(session, lease, values | ({"stage_started_at": now} if moved else {}))
+        if before is not None and moved:
+            tallies.count_stage(session, before, now)
         for level, kind, message, data in events:
             add_event(session, lease.job_id, kind, message, now, level=level, data=data)
 
@@ -194,7 +200,7 @@ def publish(
             for i, model in enumerate(models, 1)
         )
         _discard(session, checkpoint, now + grace)
-        add_event(session, lease.job_id, "status", "succeeded", now)
+        _ended(session, lease.job_id, "succeeded", now)
 
 
 def fail(db: Database, lease: Lease, error: dict[str, Any], now: datetime, grace: timedelta) -> None:
@@ -202,7 +208,7 @@ def fail(db: Database, lease: Lease, error: dict[str, Any], now: datetime, grace
     with db.write() as session:
         _held(session, lease, {"status": "failed", "finished_at": now, "error": error, "eta_seconds": None} | _NO_LEASE)
         _discard(session, lease.prefix, now + grace)
-        add_event(session, lease.job_id, "status", f"failed: {error['message']}", now, level="error", data=error)
+        _ended(session, lease.job_id, f"failed: {error['message']}", now, level="error", data=error)
 
 
 def lose(db: Database, lease: Lease, reason: str, max_attempts: int, now: datetime, grace: timedelta) -> None:
@@ -225,6 +231,7 @@ def give_back(db: Database, lease: Lease, now: datetime, grace: timedelta) -> No
         if status == "cancelling":
             _end_cancelled(session, lease, now, grace)
             return
+        tallies.count_stage(session, get(session, lease.job_id), now)
         _held(session, lease, _QUEUED | _NO_LEASE)
         _discard(session, lease.prefix, now + grace)
         add_event(session, lease.job_id, "status", "queued again: its worker was stopped", now)
@@ -256,7 +263,7 @@ def cancel(session: Session, job_id: str, now: datetime) -> Job:
         raise Conflict(f"The job has already ended ({job.status}); there is nothing to cancel.")
     if job.status == "queued":
         job.status, job.finished_at = "cancelled", now
-        add_event(session, job.id, "status", "cancelled", now)
+        _ended(session, job.id, "cancelled", now)
     elif job.status == "running":
         job.status = "cancelling"
         add_event(session, job.id, "status", "cancelling", now)
@@ -359,7 +366,20 @@ def _held(session: Session, lease: Lease, values: dict[str, Any], statuses: Sequ
 def _end_cancelled(session: Session, lease: Lease, now: datetime, grace: timedelta) -> None:
     _held(session, lease, {"status": "cancelled", "finished_at": now, "eta_seconds": None} | _NO_LEASE)
     _discard(session, lease.prefix, now + grace)
-    add_event(session, lease.job_id, "status", "cancelled", now)
+    _ended(session, lease.job_id, "cancelled", now)
+
+
+def _ended(
+    session: Session, job_id: str, message: str, now: datetime, *, level: Level = "info",
+    data: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """What every end of a job goes through, in the transaction that ends it: its event, its tallies, its webhook."""
+    session.flush()
+    job = session.get_one(Job, job_id, populate_existing=True)  # `_held` writes past the session
+    add_event(session, job_id, "status", message, now, level=level, data=data)
+    tallies.count_stage(session, job, now)
+    tallies.count_end(session, job)
+    outbox.announce(session, job, now)
 
 
 def _lost(lease: Lease) -> LeaseLost:
@@ -376,7 +396,7 @@ def _lose(session: Session, job: Job, reason: str, max_attempts: int, now: datet
     job.eta_seconds = None
     if cancelled:
         job.status, job.finished_at = "cancelled", now
-        add_event(session, job.id, "status", f"cancelled; {reason}", now)
+        _ended(session, job.id, f"cancelled; {reason}", now)
     elif job.failures >= max_attempts:
         error = {
             "code": "worker_lost", "message": f"Attempt {job.attempt} ended: {reason}. "
@@ -385,8 +405,9 @@ def _lose(session: Session, job: Job, reason: str, max_attempts: int, now: datet
             "from the last checkpoint.",
         }  # fmt: skip
         job.status, job.finished_at, job.error = "failed", now, error
-        add_event(session, job.id, "status", f"failed: {error['message']}", now, level="error", data=error)
+        _ended(session, job.id, f"failed: {error['message']}", now, level="error", data=error)
     else:
+        tallies.count_stage(session, job, now)
         for name, value in _QUEUED.items():
             setattr(job, name, value)
         message = f"attempt {job.attempt} ended: {reason}; queued again"

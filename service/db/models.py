@@ -89,6 +89,8 @@ class Job(Base):
     lease_token: Mapped[str | None] = mapped_column(String(64))
     lease_expires_at: Mapped[datetime | None]
     checkpoint_prefix: Mapped[str | None]
+    webhook_url: Mapped[str | None]
+    stage_started_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -212,6 +214,34 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
+
+
+class Delivery(Base):
+    """A webhook call that is still to be made; `id` and `body` are the same at every attempt."""
+
+    __tablename__ = "deliveries"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    url: Mapped[str]
+    body: Mapped[str]
+    attempt: Mapped[int]
+    due_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class Tally(Base):
+    """How often something has happened to jobs of a kind, and the seconds it took; outlives the jobs.
+
+    `what` is `ended` (`value` is the status) or `stage` (`value` is the stage).
+    """
+
+    __tablename__ = "tallies"
+
+    what: Mapped[str] = mapped_column(String(16), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    value: Mapped[str] = mapped_column(String(16), primary_key=True)
+    count: Mapped[int] = mapped_column(BigInteger)
+    seconds: Mapped[float]
 
 
 class Garbage(Base):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from service.core.errors import AppError, BaseLoading, BaseNotServed, InvalidData, ModelUnavailable
-from service.inference.wire import ServedModel
+from service.inference.wire import Figures, ServedModel
 from service.ml.adapter import Adapter, load_adapter
 from service.ml.backbone import load_backbone
 from service.ml.base_models import Located, find_base, locate
@@ -74,9 +74,18 @@ class Bases:
                 threading.Thread(target=self._load, args=(key,), daemon=True).start()
         raise BaseLoading(f"Base model {key[0]!r} is being loaded. Ask again in a moment.")
 
-    def held(self) -> list[str]:
+    def tell(self, figures: Figures) -> None:
+        """Writes down what is held, being loaded, and refused at the moment."""
+        now = time.monotonic()
         with self._lock:
-            return [name for name, _revision in self._engines]
+            figures.bases = [name for name, _revision in self._engines]
+            figures.base_bytes = sum(used for _engine, used in self._engines.values())
+            figures.loading = sorted(name for name, _revision in self._loading)
+            figures.refused = {
+                name: refusal.detail
+                for (name, _revision), (refusal, since) in self._refused.items()
+                if now - since < _SECONDS_REFUSED and (name, _revision) not in self._engines
+            }
 
     def _load(self, key: BaseKey) -> None:
         try:
@@ -130,6 +139,7 @@ class Adapters:
 
     storage: Storage
     limit_bytes: int
+    figures: Figures = field(default_factory=Figures)
     _held: "OrderedDict[str, tuple[weakref.ref[Engine], Adapter]]" = field(default_factory=OrderedDict)
 
     def get(self, model: ServedModel, engine: Engine) -> Adapter:
@@ -137,13 +147,20 @@ class Adapters:
         held = self._held.get(model.id)
         if held is not None and held[0]() is engine:
             self._held.move_to_end(model.id)
+            self.figures.adapter_hits += 1
             return held[1]
+        self.figures.adapter_misses += 1
         adapter = self._read(model, engine)
         engine.attach(adapter)
         self._held[model.id] = (weakref.ref(engine), adapter)  # an adapter must not keep an evicted base alive
-        while len(self._held) > 1 and sum(a.size_bytes for _engine, a in self._held.values()) > self.limit_bytes:
+        while len(self._held) > 1 and self._bytes() > self.limit_bytes:
             self._held.popitem(last=False)
+            self.figures.adapter_evictions += 1
+        self.figures.adapter_bytes = self._bytes()
         return adapter
+
+    def _bytes(self) -> int:
+        return sum(adapter.size_bytes for _engine, adapter in self._held.values())
 
     def _read(self, model: ServedModel, engine: Engine) -> Adapter:
         folder = Path(tempfile.mkdtemp(prefix="tuneproof-adapter-"))

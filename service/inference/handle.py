@@ -23,7 +23,7 @@ from service.core.errors import (
 )  # fmt: skip
 from service.core.settings import Settings
 from service.inference import wire
-from service.inference.wire import ServedModel
+from service.inference.wire import Figures, ServedModel
 
 _ERRORS: dict[str, type[AppError]] = {
     BaseLoading.code: BaseLoading, BaseNotServed.code: BaseNotServed, InvalidData.code: ModelDamaged,
@@ -52,12 +52,16 @@ class Scores:
 class EngineHandle:
     """The engine process, from the API's event loop."""
 
+    restarts = 0
+    waiting_chars = 0
+    figures: Figures | None = None
+    """Of the process that runs now; None until it is ready for work."""
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
-        self._waiting_chars = 0
         self._warm: list[ServedModel] = []
         self._stopping = False
 
@@ -68,6 +72,10 @@ class EngineHandle:
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
+
+    @property
+    def waiting_calls(self) -> int:
+        return len(self._open)
 
     async def run(self, warm: Sequence[ServedModel] = ()) -> None:
         """Keeps the process alive until this task is cancelled."""
@@ -80,7 +88,9 @@ class EngineHandle:
                 if self.running and self._process is not None:
                     self._process.kill()
             finally:
+                self.figures = None
                 self._fail_open_calls()
+            self.restarts += 1
             log.warning("the engine process ended; starting it again")
             await asyncio.sleep(_SECONDS_BETWEEN_STARTS)
 
@@ -107,12 +117,12 @@ class EngineHandle:
         if process is None or process.returncode is not None or process.stdin is None:
             raise EngineUnavailable("The engine is starting. Ask again in a moment.")
         # One call is always taken, however large, or it never could be.
-        if self._waiting_chars and self._waiting_chars + size > self._settings.predict_queue_chars:
+        if self.waiting_chars and self.waiting_chars + size > self._settings.predict_queue_chars:
             raise QueueFull("More texts are waiting than the service takes on. Ask again in a moment.")
         number, allowed = next(self._numbers), self._settings.predict_timeout_seconds
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = answer
-        self._waiting_chars += size
+        self.waiting_chars += size
         try:
             asked = {"number": number, "model": asdict(model), "texts": texts, "deadline": time.monotonic() + allowed}
             process.stdin.write(wire.pack({"type": "predict"} | asked))
@@ -124,7 +134,7 @@ class EngineHandle:
         except (ConnectionError, RuntimeError):
             raise EngineUnavailable("The engine was lost and is being started again. Ask again in a moment.") from None
         finally:
-            self._waiting_chars -= size
+            self.waiting_chars -= size
             self._open.pop(number, None)
         return _scores(message)
 
@@ -147,6 +157,9 @@ class EngineHandle:
             key = {"base_model": model.base_model, "base_revision": model.base_revision}
             process.stdin.write(wire.pack({"type": "warm", **key}))
         while (message := await wire.read_async(process.stdout)) is not None:
+            if "figures" in message:
+                self.figures = Figures(**message["figures"])
+                continue
             answer = self._open.get(message["number"])
             if answer is not None and not answer.done():
                 answer.set_result(message)

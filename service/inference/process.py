@@ -12,8 +12,9 @@ import queue
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,14 +25,15 @@ from numpy.typing import NDArray
 from service.core.errors import AppError, BaseLoading
 from service.inference import wire
 from service.inference.bases import Adapters, Bases, Limits
-from service.inference.wire import ServedModel
+from service.inference.wire import BATCH_BUCKETS, Figures, ServedModel
 from service.ml.adapter import Adapter
 from service.ml.calibration import softmax
 from service.ml.encode import encode
-from service.ml.engine import Engine
+from service.ml.engine import Engine, OnBatch
 from service.storage import Storage
 
 MAX_TEXTS_AT_ONCE = 1024
+_SECONDS_BETWEEN_FIGURES = 1.0
 log = logging.getLogger("tuneproof.engine")
 
 
@@ -61,6 +63,9 @@ class EngineProcess:
     def __init__(self, bases: Bases, adapters: Adapters, answers: IO[bytes]) -> None:
         self._bases, self._adapters, self._answers = bases, adapters, answers
         self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._figures: Figures = adapters.figures
+        self._told: Figures | None = None
+        self._told_at = float("-inf")
 
     def read(self, requests: IO[bytes]) -> None:
         """Fills the queue until the API is gone."""
@@ -75,7 +80,14 @@ class EngineProcess:
 
     def run(self) -> None:
         """Serves until the queue is closed."""
-        while (first := self._waiting.get()) is not None:
+        while True:
+            self._tell()
+            try:
+                first = self._waiting.get(timeout=_SECONDS_BETWEEN_FIGURES)
+            except queue.Empty:
+                continue
+            if first is None:
+                return
             batch, closed = [first], False
             while sum(len(request.texts) for request in batch) < MAX_TEXTS_AT_ONCE and not self._waiting.empty():
                 following = self._waiting.get()
@@ -120,7 +132,8 @@ class EngineProcess:
     def _score(self, engine: Engine, group: Sequence[Ready]) -> None:
         ids = [row for ready in group for row in ready.ids]
         adapters = [ready.adapter for ready in group for _row in ready.ids]
-        logits = engine.score(ids, adapters)
+        logits = engine.score(ids, adapters, self._counted())
+        self._figures.tokens += sum(len(row) for row in ids)
         start = 0
         for ready in group:
             stop = start + len(ready.ids)
@@ -130,6 +143,32 @@ class EngineProcess:
                 truncated=ready.truncated.tolist(), tokens=sum(len(row) for row in ready.ids),
             )  # fmt: skip
             start = stop
+
+    def _counted(self) -> OnBatch:
+        """Counts the batches of one call to `Engine.score`."""
+        before = 0
+
+        def count(done: int, _total: int) -> None:
+            nonlocal before
+            self._figures.batches[bisect_left(BATCH_BUCKETS, done - before)] += 1
+            self._figures.texts += done - before
+            before = done
+
+        return count
+
+    def _tell(self) -> None:
+        """Sends the figures, at most once a second, where they have changed. From the one thread that answers."""
+        now = time.monotonic()
+        if now - self._told_at < _SECONDS_BETWEEN_FIGURES:
+            return
+        self._told_at = now
+        self._bases.tell(self._figures)
+        if self._bases.device.type == "cuda":
+            self._figures.gpu_allocated_bytes = torch.cuda.memory_allocated(self._bases.device)
+            self._figures.gpu_reserved_bytes = torch.cuda.memory_reserved(self._bases.device)
+        if self._figures != self._told:
+            self._told = replace(self._figures, batches=list(self._figures.batches))
+            self._send({"figures": asdict(self._told)})
 
     def _warm(self, key: tuple[str, str]) -> None:
         try:
@@ -150,7 +189,10 @@ class EngineProcess:
             os._exit(os.EX_SOFTWARE)  # the CUDA context is lost for good; the API starts a process with a new one
 
     def _answer(self, number: int, **body: Any) -> None:
-        self._answers.write(wire.pack({"number": number, **body}))
+        self._send({"number": number, **body})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._answers.write(wire.pack(message))
         self._answers.flush()
 
 

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Upper bounds of texts in a batch; the last is the most that an engine takes into one."""
 _LENGTH = struct.Struct(">I")
 
 
@@ -26,6 +28,41 @@ class ServedModel:
     base_revision: str
     storage_prefix: str
     files: tuple[str, ...]
+
+
+@dataclass
+class Figures:
+    """What an engine process has done since its start, and what it holds now.
+
+    Args:
+        texts: Scored.
+        tokens: Scored.
+        batches: How many held so many texts, by `BATCH_BUCKETS`, and one for more.
+        adapter_hits: Adapters asked for that were in memory.
+        adapter_misses: Those that were read from the storage.
+        adapter_evictions: Those that made room for others.
+        adapter_bytes: Of the adapters in memory.
+        bases: Names of the base models in memory.
+        base_bytes: Of those.
+        loading: Names of the base models being loaded.
+        refused: Why a base model is not served, by its name.
+        gpu_allocated_bytes: Of this process's tensors; None without CUDA.
+        gpu_reserved_bytes: What it keeps of the GPU's memory for them; None without CUDA.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    batches: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BUCKETS) + 1))
+    adapter_hits: int = 0
+    adapter_misses: int = 0
+    adapter_evictions: int = 0
+    adapter_bytes: int = 0
+    bases: list[str] = field(default_factory=list)
+    base_bytes: int = 0
+    loading: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    gpu_allocated_bytes: int | None = None
+    gpu_reserved_bytes: int | None = None
 
 
 def pack(message: dict[str, Any]) -> bytes:

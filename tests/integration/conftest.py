@@ -29,7 +29,8 @@ ELSEWHERE = ("203.0.113.7", 50_000)
 class QuietEngine:
     """Runs, and is never ready: what the API has beside it where no test is about predictions."""
 
-    running, pid = True, None
+    running, pid, figures = True, None, None
+    restarts = waiting_calls = waiting_chars = 0
 
     async def run(self, warm: Sequence[ServedModel] = ()) -> None:
         await asyncio.Event().wait()

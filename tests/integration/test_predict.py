@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from service.core.settings import Settings
@@ -145,6 +146,32 @@ def assert_right(serving: Serving, name: str, answer: Any, rows: slice = slice(N
         assert prediction["confidence"] == pytest.approx(float(row.max()), abs=1e-4)
         for label, probability in prediction["probabilities"].items():
             assert probability == pytest.approx(float(row[names.index(label)]), abs=1e-4)
+
+
+def test_metrics_tell_what_the_engine_did(serving: Serving) -> None:
+    def figures() -> dict[str, float]:
+        found = text_string_to_metric_families(serving.client.get("/metrics").text)
+        return {s.name: s.value for family in found for s in family.samples if not s.labels}
+
+    until(lambda: figures().get("tuneproof_bases") == 3, 10, "both bases and the embedded one are told")
+    before = figures()
+    tokens = [serving.ask(serving.ids[name]).json()["usage"]["tokens"] for name in ("four", "seven", "four")]
+
+    def gained(name: str) -> float:
+        return figures()[name] - before[name]
+
+    until(lambda: gained("tuneproof_engine_batch_texts_sum") == 3 * len(TEXTS), 10, "the texts are told")
+    assert gained("tuneproof_engine_tokens_total") == sum(tokens)
+    assert 3 <= gained("tuneproof_engine_batch_texts_count") <= 3 * len(TEXTS)
+    assert (gained("tuneproof_adapter_cache_hits_total"), gained("tuneproof_adapter_cache_misses_total")) == (3, 0)
+    now = figures()
+    assert now["tuneproof_adapter_cache_misses_total"] >= 4
+    assert now["tuneproof_adapter_cache_bytes"] > 0
+    weights = sum(locate(find_base(name, serving.models_dir)).size_bytes for name in (BERT, DISTILBERT, "minilm"))
+    assert now["tuneproof_bases_bytes"] == pytest.approx(weights, rel=0.05)
+    assert (now["tuneproof_engine_up"], now["tuneproof_engine_restarts_total"]) == (1, 0)
+    assert (now["tuneproof_predict_waiting_calls"], now["tuneproof_predict_waiting_characters"]) == (0, 0)
+    assert "tuneproof_gpu_memory_allocated_bytes" not in now
 
 
 def test_while_the_engine_loads_a_known_model_is_503_and_an_unknown_one_404(serving: Serving) -> None:
@@ -422,5 +449,5 @@ def test_a_call_that_takes_too_long_is_504_and_too_much_waiting_is_429(scarce: S
     finally:
         os.kill(pid, signal.SIGCONT)
     # Nothing of it is left to pay for.
-    assert scarce.app.state.context.engine._waiting_chars == 0
+    assert scarce.app.state.context.engine.waiting_chars == 0
     assert scarce.answered(scarce.ids["four"]).json()["code"] == "base_not_served"
