@@ -27,6 +27,7 @@ from service.api import (
     predict,
     preflight,
     problems,
+    promotion,
     session,
 )
 from service.api.context import Context, authorize
@@ -70,7 +71,8 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
         description="Prompt a model or fine-tune one? An honest verdict on your own labelled CSV, and /predict.",
     )  # fmt: skip
     app.state.context, app.state.meters = context, Meters()
-    for room in (datasets, preflight, jobs, events, evidence, models, predict, session, keys, operations):
+    rooms = (datasets, preflight, jobs, events, evidence, models, promotion, predict, session, keys, operations)
+    for room in rooms:
         app.include_router(room.router)
     app.mount("/ui", Pages(), name="ui")
     problems.install(app)

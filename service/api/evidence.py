@@ -7,7 +7,7 @@ import json
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Query
@@ -61,15 +61,16 @@ def list_flips(
     candidate: Method = None,
     baseline: Method = None,
     label: Annotated[str | None, Query(description="The true label.")] = None,
+    flip: Literal["fixed", "broken"] | None = None,
     limit: Limit = 50,
     after: Annotated[int, Query(ge=0, le=2**63 - 1, description="The last id seen.")] = 0,
 ) -> Page[FlipOut]:
     """The rows that one side of a comparison has right and the other wrong: comparison by comparison, by row."""
-    asked = {"candidate": candidate, "baseline": baseline, "label": label}
-    with contextlib.closing(_records(ctx, artifact_of(ctx, job_id, "flips.csv"))) as records:
+    asked = {"candidate": candidate, "baseline": baseline, "label": label, "flip": flip}
+    with contextlib.closing(records(ctx, artifact_of(ctx, job_id, "flips.csv"))) as lines:
         found = (
             _flip(i, record)
-            for i, record in enumerate(records, 1)
+            for i, record in enumerate(lines, 1)
             if i > after and all(value in (None, record[name]) for name, value in asked.items())
         )
         data = list(islice(found, limit + 1))
@@ -160,10 +161,10 @@ def _entrant(ctx: Context, name: str) -> Entrant:
     try:
         files = {file: artifact_of(ctx, job_id, file) for file in ("metrics.json", "split.csv", "predictions.csv")}
         metrics: dict[str, Any] = json.loads(b"".join(ctx.storage.chunks(files["metrics.json"].storage_key)))
-        with contextlib.closing(_records(ctx, files["predictions.csv"])) as records:
+        with contextlib.closing(records(ctx, files["predictions.csv"])) as lines:
             rows = [
                 (row["label"], row[method], row["text"], row["in_baseline_subset"] == "1")
-                for row in records
+                for row in lines
                 if row["split"] == "test"
             ]
     except (NotFound, FileNotFoundError):
@@ -187,7 +188,7 @@ def _flip(i: int, record: dict[str, str]) -> FlipOut:
     return FlipOut.model_validate(record | {"id": i} | answers)
 
 
-def _records(ctx: Context, artifact: Artifact) -> Generator[dict[str, str], None, None]:
+def records(ctx: Context, artifact: Artifact) -> Generator[dict[str, str], None, None]:
     """The rows of a CSV as a stream. Raises NotFound where its bytes are gone."""
     csv.field_size_limit(CELL_LIMIT)
     try:

@@ -1,17 +1,16 @@
-"""Published models and the aliases that point to them."""
+"""Published models."""
 
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Annotated
+from typing import IO
 
-from fastapi import APIRouter, Depends, Path, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import StreamingResponse
-from pydantic import AfterValidator
 from sqlalchemy.orm import Session
 
-from service.api.context import Ctx, Limit, after, json_body
-from service.api.schemas import AliasIn, AliasMoveOut, AliasOut, AliasWithHistoryOut, BaseModelOut, ModelOut, Page
+from service.api.context import Ctx, Limit, after
+from service.api.schemas import BaseModelOut, ModelOut, Page
 from service.core.errors import NotFound
 from service.db import catalog
 from service.db.models import Model
@@ -20,13 +19,6 @@ from service.ml.base_models import allowed_models
 router = APIRouter(tags=["models"])
 
 
-def _no_model_id(alias: str) -> str:
-    if alias.startswith("mdl_"):
-        raise ValueError("an alias must not look like a model's id (mdl_…)")
-    return alias
-
-
-AliasName = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$"), AfterValidator(_no_model_id)]
 _IN_MEMORY = 16 << 20
 
 
@@ -75,31 +67,6 @@ def list_base_models(ctx: Ctx) -> Page[BaseModelOut]:
     """What a job may name; whether it can be had here is found out when a job asks for it."""
     known = allowed_models(ctx.settings.models_dir).values()
     return Page(data=[BaseModelOut.model_validate(base) for base in known], has_more=False)
-
-
-@router.get("/aliases", response_model=Page[AliasWithHistoryOut])
-def list_aliases(ctx: Ctx) -> Page[AliasWithHistoryOut]:
-    """Every alias with where it pointed before, newest first."""
-    with ctx.db.read() as session:
-        data = [
-            AliasWithHistoryOut(
-                alias=alias.alias,
-                model_id=alias.model_id,
-                updated_at=alias.updated_at,
-                history=[AliasMoveOut(model_id=move.model_id, created_at=move.created_at) for move in moves],
-            )
-            for alias, moves in catalog.alias_history(session)
-        ]
-    return Page(data=data, has_more=False)
-
-
-@router.put("/aliases/{alias}", response_model=AliasOut, openapi_extra={"requestBody": {"content": {
-    "application/json": {"schema": {"$ref": "#/components/schemas/AliasIn"}}}, "required": True}})  # fmt: skip
-def put_alias(ctx: Ctx, alias: AliasName, body: Annotated[AliasIn, Depends(json_body(AliasIn, 1 << 16))]) -> AliasOut:
-    """Point an alias to a model; every later call of `/predict` sees the new one."""
-    with ctx.db.write() as session:
-        row = catalog.point_alias(session, alias, body.model_id, ctx.clock())
-        return AliasOut(alias=row.alias, model_id=row.model_id, updated_at=row.updated_at)
 
 
 def _models_out(session: Session, models: list[Model]) -> list[ModelOut]:

@@ -10,6 +10,7 @@ from service.api.context import Context, Ctx, json_body
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, ThresholdOut, UsageOut
 from service.core.errors import Conflict, InvalidInput, ModelDamaged
 from service.db import catalog
+from service.db.models import Model
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
 from service.ml.calibration import Threshold, threshold_for
@@ -34,15 +35,25 @@ async def predict(ctx: Ctx, body: Annotated[PredictIn, Depends(_body)]) -> Predi
     least = body.min_confidence
     if threshold is not None:
         least = math.inf if threshold.min_confidence is None else threshold.min_confidence
-    scores = await ctx.engine.predict(served, texts)
-    if list(scores.labels) != labels:
-        raise ModelDamaged("The labels in the saved model's manifest are not the ones that were published.")
+    scores = await scored(ctx, served, labels, texts)
     return PredictOut(
         model_id=served.id,
         predictions=[_prediction(scores, row, body.top_k, least) for row in range(len(texts))],
         usage=UsageOut(texts=len(texts), tokens=scores.tokens),
         threshold=None if threshold is None else ThresholdOut.model_validate(threshold),
     )
+
+
+async def scored(ctx: Context, served: ServedModel, labels: list[str], texts: list[str]) -> Scores:
+    """The engine's answers, which are held to the labels that were published. Raises as `EngineHandle.predict` does."""
+    scores = await ctx.engine.predict(served, texts)
+    if list(scores.labels) != labels:
+        raise ModelDamaged("The labels in the saved model's manifest are not the ones that were published.")
+    return scores
+
+
+def served_model(model: Model) -> ServedModel:
+    return ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, tuple(model.files))
 
 
 def _checked(ctx: Context, texts: list[str]) -> list[str]:
@@ -61,9 +72,7 @@ def _checked(ctx: Context, texts: list[str]) -> list[str]:
 def _find(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str], dict[str, Any] | None]:
     with ctx.db.read() as session:
         model = catalog.find_model(session, id_or_alias)
-    files = tuple(model.files)
-    served = ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, files)
-    return served, model.labels, model.calibration
+    return served_model(model), model.labels, model.calibration
 
 
 def _threshold(target_precision: float, calibration: dict[str, Any] | None) -> Threshold:

@@ -39,6 +39,7 @@ STATUS: dict[type[AppError], int] = {
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.PromotionRefused: 409,
     errors.LeaseLost: 409,
     errors.QueueFull: 429,
     errors.TooManyStreams: 503,

@@ -191,6 +191,7 @@ class AliasIn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model_id: Annotated[str, StringConstraints(max_length=64)]
+    force: Annotated[bool, Field(description="Skip the gate.")] = False
 
 
 class AliasMoveOut(BaseModel):
@@ -202,6 +203,33 @@ class AliasOut(BaseModel):
     alias: str
     model_id: str
     updated_at: datetime
+
+
+class GateOut(BaseModel):
+    """Candidate against incumbent on rows that neither was trained or chosen on; the delta is candidate − incumbent."""
+
+    checked: Literal[True] = True
+    n: int
+    candidate_accuracy: float
+    incumbent_accuracy: float
+    accuracy_delta: float
+    accuracy_delta_ci95: tuple[float, float]
+    mcnemar_p: float
+    verdict: Literal["candidate_wins", "incumbent_wins", "inconclusive"]
+    note: str | None
+
+
+class GateSkippedOut(BaseModel):
+    """Nothing was compared; `note` says why, and what to do."""
+
+    checked: Literal[False] = False
+    note: str
+
+
+class AliasMovedOut(AliasOut):
+    """`gate` is null where there was nothing to compare: no model before, or the same one."""
+
+    gate: GateOut | GateSkippedOut | None
 
 
 class AliasWithHistoryOut(AliasOut):

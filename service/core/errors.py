@@ -152,6 +152,12 @@ class Conflict(AppError):
     code = "conflict"
 
 
+class PromotionRefused(Conflict):
+    """A candidate is shown to be worse than the model that an alias points to."""
+
+    code = "promotion_refused"
+
+
 # The service cannot do it now ---------------------------------------------------------------------
 class QueueFull(AppError):
     """More is waiting to be predicted than the service takes on."""

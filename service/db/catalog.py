@@ -80,9 +80,15 @@ def remove_model(session: Session, model_id: str, now: datetime, grace: timedelt
     model = get_model(session, model_id)
     names = aliases_of(session, [model_id])[model_id]
     if names:
-        raise Conflict(f"The alias {names[0]!r} points to this model. Point it to another one first.")
+        raise Conflict(f"The alias {names[0]!r} points to this model. Point it to another one, or delete it, first.")
     session.add(Garbage(prefix=model.storage_prefix, delete_after=now + grace))
     session.delete(model)
+
+
+def pointed_to(session: Session, alias: str, *, lock: bool = False) -> str | None:
+    """The id of the model an alias points to; locked, it stays so until the transaction ends."""
+    row = session.get(Alias, alias, with_for_update=True if lock else None)
+    return None if row is None else row.model_id
 
 
 def point_alias(session: Session, alias: str, model_id: str, now: datetime) -> Alias:
@@ -95,6 +101,22 @@ def point_alias(session: Session, alias: str, model_id: str, now: datetime) -> A
     row.model_id, row.updated_at = model_id, now
     session.add(AliasMove(alias=alias, model_id=model_id, created_at=now))
     return row
+
+
+def remove_alias(session: Session, alias: str) -> None:
+    """Deletes an alias; where it has pointed stays to be read. Raises NotFound."""
+    row = session.get(Alias, alias)
+    if row is None:
+        raise NotFound("No alias has that name. List them with GET /aliases.")
+    session.delete(row)
+
+
+def moves_of(session: Session, alias: str) -> list[AliasMove]:
+    """Where an alias has pointed, newest first, also once it is deleted. Raises NotFound where it never was."""
+    moves = list(session.scalars(select(AliasMove).where(AliasMove.alias == alias).order_by(AliasMove.id.desc())))
+    if not moves:
+        raise NotFound("There never was an alias of that name. List them with GET /aliases.")
+    return moves
 
 
 def alias_history(session: Session) -> list[tuple[Alias, list[AliasMove]]]:

@@ -36,7 +36,11 @@ FIELDS = {
     "macro_f1_delta_ci95 n_fixed n_broken mcnemar_p mcnemar_p_texts mcnemar_p_holm minimum_detectable_difference "
     "verdict",
     "ModelOut": "id name version method job_id base_model base_revision labels created_at aliases metrics size_bytes",
-    "AliasIn": "model_id",
+    "AliasIn": "model_id force",
+    "AliasMovedOut": "alias model_id updated_at gate",
+    "GateOut": "checked n candidate_accuracy incumbent_accuracy accuracy_delta accuracy_delta_ci95 mcnemar_p "
+    "verdict note",
+    "GateSkippedOut": "checked note",
     "PredictIn": "model texts text top_k min_confidence target_precision",
     "PredictOut": "model_id predictions usage threshold",
     "ThresholdOut": "min_confidence validation_precision validation_coverage validation_rows",
@@ -59,6 +63,7 @@ SUCCESS = {
     "DELETE /datasets/{dataset_id}": "204",
     "DELETE /jobs/{job_id}": "204",
     "DELETE /models/{model_id}": "204",
+    "DELETE /aliases/{alias}": "204",
     "POST /keys": "201",
     "DELETE /keys/{key_id}": "204",
     "POST /session": "204",

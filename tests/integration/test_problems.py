@@ -97,7 +97,7 @@ def test_an_unknown_path_is_a_404_problem(shared: TestClient, path: str) -> None
     [
         ("GET", "/predict", "POST"),
         ("PATCH", "/jobs", "POST"),
-        ("DELETE", "/aliases/live", "PUT"),
+        ("DELETE", "/aliases", "GET"),
         ("PUT", "/jobs/x", "GET"),
         ("POST", "/healthz", "GET"),
         ("BREW", "/jobs", "POST"),

@@ -12,6 +12,7 @@ export class Problem extends Error {
     this.errors = body.errors || [];
     this.columns = body.columns || [];
     this.requestId = body.request_id;
+    this.retryAfter = body.retryAfter; // seconds; null where the service names none
   }
 }
 
@@ -39,13 +40,13 @@ export async function call(method, path, { query, json, form, signal, key = toke
   }
   if (answer.status === 204) return null;
   const data = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw refused(answer.status, data);
+  if (!answer.ok) throw refused(answer.status, data, answer.headers.get("Retry-After"));
   return data;
 }
 
-function refused(status, data) {
+function refused(status, data, retryAfter) {
   if (status === 401) dispatchEvent(new Event("signed-out"));
-  return new Problem(status, { detail: `The service answered ${status}.`, ...data });
+  return new Problem(status, { detail: `The service answered ${status}.`, ...data, retryAfter: Number(retryAfter) || null });
 }
 
 /**
@@ -82,6 +83,16 @@ export async function all(path, query = {}, most = 2000) {
   }
   return found;
 }
+
+/** Waits; aborted, it throws as an aborted `fetch` does. */
+export const pause = (seconds, signal) =>
+  new Promise((done, stop) => {
+    const timer = setTimeout(done, 1000 * seconds);
+    signal.addEventListener("abort", () => {
+      clearTimeout(timer);
+      stop(signal.reason);
+    });
+  });
 
 /** A random name; `crypto.randomUUID` is there on https and localhost alone. */
 export const token = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
