@@ -126,9 +126,6 @@ export const Time = ({ at }) =>
     ? html`<time datetime=${at} title=${at}>${new Date(at).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" })}</time>`
     : html`<span>–</span>`;
 
-/** Whether the key at hand may change anything. */
-export const mayWrite = (session) => ["write", "admin"].includes(session.scope);
-
 /** A label over one input, select or textarea; `hint` explains it in a sentence and is read with it. */
 export function Field({ label, hint, children }) {
   const id = useId();

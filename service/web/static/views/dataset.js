@@ -1,6 +1,7 @@
 // One dataset: how it was read, what is in it, and a start from it.
 import { call, get } from "../api.js";
-import { html, Loading, mayWrite, Time, Trouble, useConfirm, useLoad } from "../ui.js";
+import { may } from "../scopes.js";
+import { html, Loading, Time, Trouble, useConfirm, useLoad } from "../ui.js";
 import { LOST } from "./datasets.js";
 import { Found } from "./start/found.js";
 
@@ -22,7 +23,7 @@ export default function Dataset({ id, session }) {
     <${Found} dataset=${dataset} session=${session} />
     <section class="actions">
       <a class="button" href=${`#/jobs/${id}`}>Its jobs</a>
-      ${mayWrite(session) && html`<button type="button" class="danger" onClick=${remove}>Delete the dataset</button>`}
+      ${may(session, "write") && html`<button type="button" class="danger" onClick=${remove}>Delete the dataset</button>`}
     </section>
     <details><summary>Identity</summary><dl><div><dt>Id</dt><dd><code>${dataset.id}</code></dd></div><div><dt>SHA-256 of the file</dt><dd><code>${dataset.sha256}</code></dd></div></dl></details>
     ${dialog}

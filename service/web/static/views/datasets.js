@@ -1,6 +1,7 @@
 // Every dataset, newest first.
 import { call } from "../api.js";
-import { bytes, html, Loading, mayWrite, number, Time, Trouble, useConfirm, usePages } from "../ui.js";
+import { may } from "../scopes.js";
+import { bytes, html, Loading, number, Time, Trouble, useConfirm, usePages } from "../ui.js";
 
 export const LOST = "Its rows are gone for good, and with them the files of its jobs that hold texts: predictions, flips and reports. Models and figures stay.";
 
@@ -22,7 +23,7 @@ export default function Datasets({ session }) {
       <p class="soft">${number(dataset.n_rows)} rows, ${number(dataset.labels.length)} labels, ${bytes(dataset.size_bytes)}, uploaded <${Time} at=${dataset.created_at} /></p>
       <div class="actions">
         <a class="button quiet" href=${`#/jobs/${dataset.id}`}>Its jobs<span class="hidden"> (<bdi>${dataset.name}</bdi>)</span></a>
-        ${mayWrite(session) && html`<button type="button" class="quiet danger" onClick=${() => remove(dataset)}>Delete<span class="hidden"> <bdi>${dataset.name}</bdi></span></button>`}
+        ${may(session, "write") && html`<button type="button" class="quiet danger" onClick=${() => remove(dataset)}>Delete<span class="hidden"> <bdi>${dataset.name}</bdi></span></button>`}
       </div>
     </li>`)}</ul>`}
     ${more && html`<p><button type="button" disabled=${loading} onClick=${next}>More</button></p>`}

@@ -1,6 +1,7 @@
 // One job: while it goes, and what came of it.
 import { call } from "../api.js";
-import { Copyable, html, Loading, mayWrite, Status, Time, Trouble, useAction, useConfirm, useLoad } from "../ui.js";
+import { may } from "../scopes.js";
+import { Copyable, html, Loading, Status, Time, Trouble, useAction, useConfirm, useLoad } from "../ui.js";
 import { Curves } from "./job/curves.js";
 import { useJob } from "./job/follow.js";
 import { JobWarnings, Log } from "./job/log.js";
@@ -19,7 +20,7 @@ export default function Job({ id, session }) {
     <${Progress} job=${job} />
     ${job.status === "failed" && html`<${Failure} error=${job.error} />`}
     ${job.status === "cancelled" && html`<p>Cancelled. <em>Retry</em> goes on from its last checkpoint, where it has one.</p>`}
-    ${mayWrite(session) && html`<${Actions} job=${job} onChange=${restart} />`}
+    ${may(session, "write") && html`<${Actions} job=${job} onChange=${restart} />`}
     ${job.status === "succeeded" && html`<${Outcome} job=${job} session=${session} />`}
     <${JobWarnings} story=${story} />
     <${Curves} story=${story} epochs=${job.terminal ? 1 : job.spec.train?.epochs} />
@@ -52,10 +53,9 @@ function Actions({ job, onChange }) {
     <${Trouble} error=${error} />${dialog}`;
 }
 
-/** The result's own page, loaded once there is one. */
+/** The result's own page, loaded once there is a result. */
 function Outcome({ job, session }) {
-  const { data: page } = useLoad(() => import("./result.js"), []);
-  if (page) return html`<${page.default} job=${job} session=${session} />`;
-  const { headline, recommendation } = job.summary;
-  return html`<section class="verdict"><p><strong>${headline}</strong></p><p>${recommendation?.reason}</p></section>`;
+  const { data: page, error } = useLoad(() => import("./result.js"), []);
+  if (error) return html`<${Trouble} error=${error} />`;
+  return page ? html`<${page.default} job=${job} session=${session} />` : html`<${Loading} what="the result" />`;
 }

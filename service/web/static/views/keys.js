@@ -1,7 +1,7 @@
 // Keys, for admins: make one, see it once, revoke it.
-import { all, call } from "../api.js";
+import { all, call, token } from "../api.js";
 import { may, SCOPES } from "../scopes.js";
-import { Copyable, Field, html, Loading, Scroll, Tag, Time, Trouble, useAction, useConfirm, useEffect, useLoad, useRef, useState } from "../ui.js";
+import { Copyable, Field, html, Loading, Scroll, Tag, Time, Trouble, useAction, useConfirm, useEffect, useLoad, useMemo, useRef, useState } from "../ui.js";
 
 export default function Keys({ session, onKeysChanged }) {
   const { data: keys, error, reload } = useLoad(() => (may(session, "admin") ? all("/keys") : Promise.resolve([])));
@@ -14,7 +14,7 @@ export default function Keys({ session, onKeysChanged }) {
   return html`<h1>Keys</h1>
     ${!session.keys_exist && html`<div class="notice"><p><strong>This service is open.</strong> Without any key, everybody who can reach it on this machine may do everything. The first key closes it: from then on every call needs one. This browser is signed in with it at once; programs need it in their <code>Authorization</code> header.</p></div>`}
     ${made && html`<${Made} key=${made.id} made=${made} onDone=${() => setMade(null)} />`}
-    <${Create} isFirst=${!session.keys_exist} onMade=${(key) => { setMade(key); changed(); }} />
+    <${Create} isFirst=${!session.keys_exist} onMade=${setMade} onChanged=${changed} />
     ${error ? html`<${Trouble} error=${error} /><button type="button" onClick=${reload}>Try again</button>` : !keys ? html`<${Loading} what="the keys" />` : keys.length > 0 && html`<${List} keys=${keys} session=${session} onChanged=${changed} />`}`;
 }
 
@@ -29,16 +29,18 @@ function Made({ made, onDone }) {
   </section>`;
 }
 
-function Create({ isFirst, onMade }) {
+function Create({ isFirst, onMade, onChanged }) {
   const [name, setName] = useState("");
   const [scope, setScope] = useState("predict");
   const [days, setDays] = useState("");
+  const once = useMemo(token, [name, scope, days]); // sent again after a lost answer, it makes no second key
   const [send, busy, error] = useAction(async () => {
-    const made = await call("POST", "/keys", { json: { name: name.trim(), scope: isFirst ? "admin" : scope, ...(days && { expires_days: Number(days) }) } });
-    // The service is closed from here on: sign in before anything else is asked.
+    const made = await call("POST", "/keys", { key: once, json: { name: name.trim(), scope: isFirst ? "admin" : scope, ...(days && { expires_days: Number(days) }) } });
+    onMade(made); // before all else: whatever fails from here on, the secret is on the page
+    // The service is closed now: sign in before anything else is asked.
     if (isFirst) await call("POST", "/session", { json: { key: made.key } });
     setName("");
-    onMade(made);
+    onChanged();
   });
   return html`<section class="gap" aria-labelledby="create">
     <h2 id="create">${isFirst ? "Make the first key" : "Make a key"}</h2>
@@ -47,7 +49,7 @@ function Create({ isFirst, onMade }) {
       ${isFirst
         ? html`<p>Its scope is <code>admin</code>, so that somebody can make the others.</p>`
         : html`<fieldset><legend>Scope</legend>${SCOPES.map(([value, means]) => html`<label class="check"><input type="radio" name="scope" value=${value} checked=${scope === value} onChange=${() => setScope(value)} /> <span><strong>${value}</strong> ${means}</span></label>`)}</fieldset>`}
-      <${Field} label="Expires in days" hint="Left empty, it lasts until it is revoked."><input type="number" name="days" min="1" max="3650" step="1" value=${days} onInput=${(event) => setDays(event.target.value)} /><//>
+      <${Field} label="Expires in days" hint="Left empty, it lasts until it is revoked."><input type="number" name="days" min="1" max="36500" step="1" value=${days} onInput=${(event) => setDays(event.target.value)} /><//>
       <${Trouble} error=${error} />
       <div class="actions"><button type="submit" class="primary" disabled=${busy}>Make the key</button></div>
     </form>

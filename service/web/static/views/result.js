@@ -23,7 +23,7 @@ export default function Result({ job }) {
 
 function Figures({ job, metrics, recommended }) {
   const rungs = useMemo(() => ladder(metrics), [metrics]);
-  const [pair, setPair] = useState(() => metrics.comparison?.length && mainPair(metrics, recommended));
+  const [pair, setPair] = useState(() => (metrics.comparison?.length ? mainPair(metrics, recommended) : null));
   if (!rungs.length) return null;
   return html`
     <${Ladder} rungs=${rungs} metrics=${metrics} recommended=${recommended} />

@@ -1,6 +1,7 @@
 // From a file to a started comparison. The file stays in the page, so that it can be sent again, read another way.
 import { call, token, upload } from "../api.js";
-import { html, mayWrite, Trouble, useAction, useEffect, useRef, useState } from "../ui.js";
+import { may } from "../scopes.js";
+import { html, Trouble, useAction, useEffect, useRef, useState } from "../ui.js";
 import { Drop } from "./start/drop.js";
 import { Found } from "./start/found.js";
 import { Reading } from "./start/reading.js";
@@ -34,7 +35,7 @@ export default function Start({ session }) {
     }
   });
 
-  if (!mayWrite(session)) {
+  if (!may(session, "write")) {
     return html`<h1>Start a comparison</h1>
       <p>Your key may look, but not change anything. To upload a file, sign in with a key of scope <code>write</code>.</p>
       <p><a href="#/jobs">See the jobs</a></p>`;

@@ -1,5 +1,5 @@
 // How training goes: its loss as it falls, and what validation says after each epoch.
-import { Lines } from "./lines.js";
+import { EpochLines } from "./lines.js";
 import { html, percent, Scroll } from "../../ui.js";
 
 const short = (value) => (value == null ? "–" : value.toFixed(3));
@@ -15,8 +15,8 @@ export function Curves({ story, epochs: planned }) {
   return html`<section>
     <h2>Training</h2>
     <div class="grid wide">
-      <${Lines} title="Loss" xLabel="epoch" right=${planned} said=${lossSaid} series=${[{ name: "training", points: losses }, { name: "validation", points: epochs.map((e) => [e.epoch, e.validation_loss]), dots: true }]} />
-      <${Lines} title="Validation macro-F1" xLabel="epoch" right=${planned} said=${f1Said} series=${[{ name: "macro-F1", points: epochs.map((e) => [e.epoch, e.validation_macro_f1]), dots: true }]} />
+      <${EpochLines} title="Loss" right=${planned} said=${lossSaid} series=${[{ name: "training", points: losses }, { name: "validation", points: epochs.map((e) => [e.epoch, e.validation_loss]), dots: true }]} />
+      <${EpochLines} title="Validation macro-F1" right=${planned} said=${f1Said} series=${[{ name: "macro-F1", points: epochs.map((e) => [e.epoch, e.validation_macro_f1]), dots: true }]} />
     </div>
     ${epochs.length > 0 && html`<details><summary>As a table</summary><${Scroll} label="Validation by epoch"><table>
       <caption>Epoch 0 is before the first step. Training loss counts smoothed labels, so it may stand above validation loss.</caption>

@@ -71,10 +71,15 @@ function Promote({ model, aliases, known, ask, onMoved }) {
   const held = aliases.find((one) => one.alias === alias);
   const incumbent = held && held.model_id !== model.id ? held : null;
   const gate = useLoad((signal) => (incumbent ? get(`/aliases/${alias}/gate`, { model_id: model.id }, signal) : Promise.resolve(null)), [incumbent?.alias]);
-  const [send, busy, error] = useAction(async () => {
-    await point(alias, model.id);
+  const [send, busy, failed] = useAction(async () => {
+    try {
+      await point(alias, model.id);
+    } catch (problem) {
+      throw Object.assign(problem, { alias }); // said of this alias alone, should another be typed
+    }
     onMoved(`${alias} points to this model now.`);
   });
+  const error = failed?.alias === alias ? failed : null;
   const force = async () => {
     await point(alias, model.id, true);
     onMoved(`${alias} points to this model now, though it was shown to be worse.`);
@@ -108,7 +113,7 @@ function Gate({ of: { data, error, loading } }) {
   if (loading) return html`<${Loading} what="the comparison of the two" />`;
   if (error) return html`<p class="notice">They could not be compared beforehand: ${error.message} Promoting compares them again.</p>`;
   if (!data) return null;
-  if (!data.checked) return html`<p class="notice">Not compared: ${data.note}</p>`;
+  if (!data.checked) return html`<p class="notice">${data.note}</p>`;
   return html`<div class="notice">
     <p><strong>${VERDICTS[data.verdict]}</strong></p>
     <p>On ${number(data.n)} rows that neither was trained on, this model is right on ${percent(data.candidate_accuracy)}, the one in its place on ${percent(data.incumbent_accuracy)}: ${points(data.accuracy_delta)} points (95 % interval ${data.accuracy_delta_ci95.map(points).join(" to ")}; p ${pValue(data.mcnemar_p)}). ${data.note}</p>

@@ -5,6 +5,7 @@ import { Field, html, number, percent, Tag, Trouble, useAction, useEffect, useRe
 
 const TOP = 5;
 const MOST_TRIES = 60;
+const SOON = ["base_loading", "engine_unavailable"]; // what waiting helps with
 
 export function Playground({ model, session }) {
   const [text, setText] = useState("");
@@ -27,8 +28,8 @@ export function Playground({ model, session }) {
           setFound({ ...answer, texts, milliseconds: performance.now() - start });
           return;
         } catch (problem) {
-          if (problem.code !== "base_loading" || tries === MOST_TRIES) throw problem;
-          setWaiting("The model's base is being loaded; asked again as soon as the service says.");
+          if (!SOON.includes(problem.code) || tries === MOST_TRIES) throw problem;
+          setWaiting("The model is still being loaded; it is asked again by itself.");
           await pause(problem.retryAfter ?? 2, signal);
         }
       }

@@ -1,6 +1,10 @@
 // The confusion matrix as a grid: pointed at, or walked through with the arrow keys.
 import { html, number, percent, Scroll, useEffect, useMemo, useRef, useState } from "../../ui.js";
 
+const STEPS = {
+  ArrowUp: (i, j) => [i - 1, j], ArrowDown: (i, j) => [i + 1, j], ArrowLeft: (i, j) => [i, j - 1], ArrowRight: (i, j) => [i, j + 1],
+  PageUp: (i, j) => [i - 10, j], PageDown: (i, j) => [i + 10, j], Home: (i) => [i, 0], End: (i) => [i, Infinity],
+};
 const sum = (numbers) => numbers.reduce((total, n) => total + n, 0);
 
 /**
@@ -49,11 +53,12 @@ export function Matrix({ matrix, labels, order, caption }) {
     if (cell) setAt([cell.parentNode.sectionRowIndex, cell.cellIndex - 1]);
   };
   const walk = (event) => {
-    const [di, dj] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Home: [0, -j], End: [0, names.length], PageUp: [-10, 0], PageDown: [10, 0] }[event.key] ?? [];
-    if (di === undefined || !event.target.closest("td")) return;
+    const step = STEPS[event.key];
+    if (!step || !event.target.closest("td")) return;
     event.preventDefault();
     byKey.current = true;
-    setAt([Math.max(0, Math.min(shown.length - 1, i + di)), Math.max(0, Math.min(names.length - 1, j + dj))]);
+    // From where it is now: a key held down comes faster than the page is drawn.
+    setAt((now) => step(...now).map((to, axis) => Math.max(0, Math.min((axis ? names : shown).length - 1, to))));
   };
   return html`<p class="said">${words((text) => html`<em><bdi>${text}</bdi></em>`)}</p>
     <${Scroll} label="Confusion matrix"><table role="grid" class="matrix" onPointerOver=${point} onFocusIn=${point} onKeyDown=${walk}>

@@ -1,5 +1,6 @@
 // What a dataset holds, the button that starts, and what a job on it would meet.
-import { bytes, html, mayWrite, number, percent, Scroll, useState } from "../../ui.js";
+import { may } from "../../scopes.js";
+import { bytes, html, number, percent, Scroll, useState } from "../../ui.js";
 import { Begin } from "./begin.js";
 import { Preflight } from "./preflight.js";
 import { Rows } from "./rows.js";
@@ -18,7 +19,7 @@ export function Found({ dataset, session }) {
       <${Warnings} dataset=${dataset} warnings=${dataset.warnings} />
       <${Rows} dataset=${dataset} />
     </section>
-    ${mayWrite(session) && html`<${Begin} dataset=${dataset} values=${values} onChange=${setValues} />`}
+    ${may(session, "write") && html`<${Begin} dataset=${dataset} values=${values} onChange=${setValues} />`}
     ${dataset.labels.length > 0 &&
     html`<section><h2>Labels</h2><${Labels} labels=${dataset.labels} /></section>
       <section><h2>What a comparison would meet</h2><${Preflight} dataset=${dataset} asked=${{ base_model, max_length, seed }} /></section>`}

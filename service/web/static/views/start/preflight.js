@@ -1,22 +1,20 @@
 // What a job would meet, told before it starts: it may take a while, and nothing waits for it.
-import { get } from "../../api.js";
+import { get, pause } from "../../api.js";
 import { duration, html, METHODS, number, percent, Trouble, useEffect, useLoad, useState } from "../../ui.js";
 import { Warnings } from "./warnings.js";
 
 const SECONDS_BETWEEN_TRIES = 3;
-const TRIES = 40;
 const SETTLED = 1000; // milliseconds without another key before what was typed is asked about
 
-/** They go one at a time on the service: where another is under way, it is asked again. */
+/** They go one at a time on the service: while another is under way, it is asked again. */
 async function look(path, query, signal) {
-  for (let tries = 1; ; tries += 1) {
+  for (;;) {
     try {
       return await get(path, query, signal);
     } catch (error) {
-      if (error.status !== 429 || tries === TRIES) throw error;
+      if (error.status !== 429) throw error;
+      await pause(error.retryAfter || SECONDS_BETWEEN_TRIES, signal);
     }
-    await new Promise((done) => setTimeout(done, 1000 * SECONDS_BETWEEN_TRIES));
-    signal.throwIfAborted();
   }
 }
 

@@ -36,7 +36,7 @@ export function Reading({ dataset, columns, asked, busy = false, onApply }) {
   const fields = changed(asked, before, now);
   const same = JSON.stringify(fields) === JSON.stringify(asked);
   const set = (name) => (event) => setNow({ ...now, [name]: event.target.value });
-  const hint = (name) => (dataset?.inferred.includes(name) ? "Recognised" : asked[name] ? "As you said" : null);
+  const hint = (name) => (now[name] !== before[name] ? null : dataset?.inferred.includes(name) ? "Recognised" : asked[name] ? "As you said" : null);
   const choice = (name, label, options, explained) => html`<${Field} label=${label} hint=${[hint(name), explained].filter(Boolean).join(". ") || null}>
     <select name=${name} value=${now[name]} onChange=${set(name)}>${options.map(([value, text]) => html`<option value=${value}>${text}</option>`)}</select><//>`;
   const named = columns.map((name) => [name, name]);
