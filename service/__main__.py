@@ -1,12 +1,12 @@
 """`python -P -m service serve | migrate | keys | pull`: what the `tuneproof` command starts."""
 
 import argparse
-import logging
 import socket
 import sys
 import tempfile
 from datetime import timedelta
 
+from service.core import logs
 from service.core.clock import utc_now
 from service.core.errors import AppError
 from service.core.settings import read_settings
@@ -36,10 +36,7 @@ def serve(given: argparse.Namespace) -> int:
 
     asked = {name: value for name, value in (("host", given.host), ("port", given.port)) if value is not None}
     settings = read_settings(**asked)
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     migrate(settings.resolved_database_url)
     given_key = settings.bootstrap_key.get_secret_value().strip() if settings.bootstrap_key else ""
     if settings.listens_beyond_loopback and not given_key:

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import re
 import time
-import traceback
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
@@ -33,6 +32,7 @@ from service.api import (
 from service.api.context import Context, authorize
 from service.api.meters import Meters
 from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
+from service.core import logs
 from service.core.clock import Clock, utc_now
 from service.core.errors import TooLarge
 from service.core.ids import new_token
@@ -55,10 +55,13 @@ _PROBLEM: dict[str, Any] = {
     "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_JOB_ID = re.compile(r"job_[0-9a-f]{26}")
+_LOOKS = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds, for ever
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SECONDS_BETWEEN_ROUNDS = 5.0
 _WARM_MODELS = 20
 log = logging.getLogger("tuneproof.api")
+access = logging.getLogger("tuneproof.access")
 
 
 def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> FastAPI:
@@ -157,10 +160,14 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{new_token()}"
         scope.setdefault("state", {})["request_id"] = request_id
+        with logs.bound(request_id=request_id):
+            await self._answer(scope, receive, send, request_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        headers = dict(scope["headers"])
         status, start, streams = 0, time.perf_counter(), False
 
         async def send_with_id(message: Message) -> None:
@@ -174,9 +181,7 @@ class Envelope:
         try:
             await self.app(scope, self._limited(headers.get(b"content-length", b"0"), receive), send_with_id)
         except Exception as error:
-            # Where it broke, without the message, which may quote a text.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            log.error("request %s failed: %s\n%s", request_id, type(error).__name__, frames)
+            log.error("request %s failed\n%s", request_id, logs.where(error))
             if status:
                 raise
             answer = problems.problem(
@@ -184,9 +189,18 @@ class Envelope:
             )
             await answer(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self.meters.answered(method, route, status, None if streams else time.perf_counter() - start)
+            self._account(scope, status, time.perf_counter() - start, streams=streams)
+
+    def _account(self, scope: Scope, status: int, seconds: float, *, streams: bool) -> None:
+        """Counts the answer and logs it: by its route, as the path is whatever somebody typed."""
+        route = getattr(scope.get("route"), "path", "unknown")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self.meters.answered(method, route, status, None if streams else seconds)
+        job_id = str(scope.get("path_params", {}).get("job_id", ""))
+        job = {"job_id": job_id} if _JOB_ID.fullmatch(job_id) else {}
+        level = logging.DEBUG if route in _LOOKS else logging.INFO
+        with logs.bound(method=method, route=route, status=status, seconds=round(seconds, 4), **job):
+            access.log(level, "%s %s %d in %.3f s", method, route, status, seconds)
 
     def _limited(self, declared: bytes, receive: Receive) -> Receive:
         """`receive`, raising TooLarge at once where the body says it is too large, else as soon as it is.

@@ -1,9 +1,9 @@
 """`python -P -m worker`: one worker, until SIGTERM or Ctrl-C."""
 
-import logging
 import signal
 import sys
 
+from service.core import logs
 from service.core.settings import read_settings
 from service.db.engine import migrate
 from worker.supervisor import Supervisor
@@ -15,10 +15,7 @@ def main() -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     migrate(settings.resolved_database_url)
     supervisor = Supervisor(settings)

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from service.core import logs
 from service.core.clock import Clock, utc_now
 from service.core.endpoints import endpoint_name
 from service.core.errors import LeaseLost
@@ -76,13 +77,14 @@ class Supervisor:
         if claimed is None:
             return False
         place = folder / f"{claimed.lease.job_id}-{claimed.lease.attempt}"
-        log.info("%s: attempt %d", claimed.lease.job_id, claimed.lease.attempt)
-        try:
-            Attempt(self, claimed, place).run()
-        except LeaseLost:
-            log.warning("%s: lost the lease of attempt %d", claimed.lease.job_id, claimed.lease.attempt)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
+        with logs.bound(job_id=claimed.lease.job_id, attempt=claimed.lease.attempt):
+            log.info("attempt started")
+            try:
+                Attempt(self, claimed, place).run()
+            except LeaseLost:
+                log.warning("lost the lease")
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
         return True
 
     def show_life(self) -> None:
@@ -101,6 +103,7 @@ class Attempt:
         self.lease: Lease = claimed.lease
         self._renewed = self._looked = time.monotonic()
         self._cancelling = False
+        self._stage_told: str | None = None
         self._stop_asked: float | None = None
         self._last_word: float | None = None
 
@@ -157,7 +160,11 @@ class Attempt:
     def _heard(self, message: dict[str, Any], outcome: Outcome) -> None:
         kind = message.pop("type")
         if kind == "progress":
-            self._report(progress=Progress(**message))
+            progress = Progress(**message)
+            if progress.stage != self._stage_told:
+                self._stage_told = progress.stage
+                log.info("stage %s", progress.stage)
+            self._report(progress=progress)
         elif kind == "event":
             self._report(events=[(message["level"], message["kind"], message["message"], message["data"])])
         elif kind == "spec":
@@ -212,6 +219,7 @@ class Attempt:
 
     def _finish(self, child: Child, outcome: Outcome) -> None:
         status = child.ended()
+        log.info("the child ended with status %s", status)
         if self._cancelling:
             jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
         elif outcome.result is not None:
@@ -226,7 +234,7 @@ class Attempt:
                 self.db, self.lease, reason, self.settings.max_attempts, self._now(), self.supervisor.grace
             )  # fmt: skip
         else:
-            log.error("%s failed:\n%s", self.lease.job_id, _last_frames(self.place / "log.txt"))
+            log.error("the child failed:\n%s", _last_frames(self.place / "log.txt"))
             self._fail(
                 {"code": "internal", "message": "The job's process failed.", "hint": "The worker's log says where."}
             )
@@ -278,6 +286,7 @@ class Attempt:
         jobs.report(self.db, self.lease, self._now(), **what)
 
     def _fail(self, error: dict[str, Any]) -> None:
+        log.warning("failed: %s", error["code"])
         jobs.fail(self.db, self.lease, error, self._now(), self.supervisor.grace)
 
     def _now(self) -> Any:

@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from service.core.endpoints import Endpoint, EndpointName
+from service.core.logs import LogFormat
 from service.core.webhooks import Origin, check_secret, parse_origins
 
 MiB = 1 << 20
@@ -39,6 +40,9 @@ class Settings(BaseSettings):
         Field(description="A first admin key, stored (hashed) at start where no key exists; for containers."),
     ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="What is logged.")] = "info"
+    log_format: Annotated[
+        LogFormat, Field(description="How: `text`, or `json`, one object a line with the ids of request and job.")
+    ] = "text"
 
     webhook_hosts: Annotated[
         str,

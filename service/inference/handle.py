@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from service.core import logs
 from service.core.errors import (
     AppError,
     BaseLoading,
@@ -124,7 +125,8 @@ class EngineHandle:
         self._open[number] = answer
         self.waiting_chars += size
         try:
-            asked = {"number": number, "model": asdict(model), "texts": texts, "deadline": time.monotonic() + allowed}
+            asked = {"number": number, "model": asdict(model), "texts": texts, "deadline": time.monotonic() + allowed,
+                     "request_id": logs.request_id()}  # fmt: skip
             process.stdin.write(wire.pack({"type": "predict"} | asked))
             async with asyncio.timeout(allowed):
                 await process.stdin.drain()
@@ -145,6 +147,7 @@ class EngineHandle:
             "memory_bytes": settings.serve_memory_bytes, "adapter_bytes": settings.adapter_cache_bytes,
             "models_dir": str(settings.models_dir) if settings.models_dir else None,
             "storage_url": settings.resolved_storage_url, "log_level": settings.log_level,
+            "log_format": settings.log_format,
         }  # fmt: skip
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "service.inference.process", json.dumps(given),

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from service.core import logs
 from service.core.errors import AppError, BaseLoading
 from service.inference import wire
 from service.inference.bases import Adapters, Bases, Limits
@@ -39,12 +40,16 @@ log = logging.getLogger("tuneproof.engine")
 
 @dataclass
 class Request:
-    """One call of `/predict`; after `deadline`, on this machine's monotonic clock, nobody waits for it any more."""
+    """One call of `/predict`; after `deadline`, on this machine's monotonic clock, nobody waits for it any more.
+
+    `request_id` is the API's, for the log.
+    """
 
     number: int
     model: ServedModel
     texts: list[str]
     deadline: float = float("inf")
+    request_id: str | None = None
 
 
 @dataclass
@@ -75,7 +80,8 @@ class EngineProcess:
             else:
                 model = message["model"]
                 served = ServedModel(**model | {"files": tuple(model["files"])})
-                self._waiting.put(Request(message["number"], served, message["texts"], message["deadline"]))
+                asked = {key: message[key] for key in ("number", "texts", "deadline", "request_id")}
+                self._waiting.put(Request(model=served, **asked))
         self._waiting.put(None)
 
     def run(self) -> None:
@@ -115,9 +121,7 @@ class EngineProcess:
         for engine, group in by_engine.values():
             try:
                 self._score(engine, group)
-            except Exception:
-                if len(group) == 1:
-                    log.exception("a batch failed")
+            except Exception:  # noqa: BLE001 -- it is told where one request alone fails
                 for ready in group:
                     try:
                         self._score(engine, [ready])
@@ -180,8 +184,8 @@ class EngineProcess:
 
     def _fail(self, request: Request, error: Exception) -> None:
         if not isinstance(error, AppError):
-            # The traceback may hold no text: only its kind is logged.
-            log.error("a prediction failed: %s", type(error).__name__)
+            with logs.bound(request_id=request.request_id):
+                log.error("a prediction failed", exc_info=error)
         code = error.code if isinstance(error, AppError) else "internal"
         detail = error.detail if isinstance(error, AppError) else "The engine failed on this call."
         self._answer(request.number, error={"code": code, "detail": detail})
@@ -203,7 +207,7 @@ def main(arguments: list[str]) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     given = json.loads(arguments[0])
-    logging.basicConfig(level=given["log_level"].upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(given["log_level"], given["log_format"])
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not stand between the answers
     torch.set_num_threads(given["threads"] or max(1, (os.cpu_count() or 2) // 2))

@@ -43,12 +43,12 @@ def test_nobody_else_reads_settings_from_the_environment() -> None:
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TUNEPROOF_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("TUNEPROOF_PORT", "0")
-    monkeypatch.setenv("TUNEPROOF_BOOTSTRAP_KEY", "secret")
+    monkeypatch.setenv("TUNEPROOF_BOOTSTRAP_KEY", "sesame")
     settings = Settings()
     assert settings.resolved_database_url == f"sqlite:///{tmp_path / 'tuneproof.db'}"
     assert settings.resolved_storage_url == f"file://{tmp_path / 'storage'}"
     assert settings.port == 0
-    assert "secret" not in repr(settings)
+    assert "sesame" not in repr(settings)
     with pytest.raises(ValidationError):
         settings.port = 1  # type: ignore[misc]
 
