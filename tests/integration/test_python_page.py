@@ -109,7 +109,7 @@ def test_a_lost_answer_creates_nothing_twice(data_dir: Path, port: int, tickets:
             client.jobs.delete(job.id)
         again = [client.jobs.submit(dataset, name="mine", idempotency_key="mine").id for _ in range(2)]
         client.jobs.cancel(again[0])
-    assert len(losing.lost) == 10, "three times submitted or uploaded, and every cancel and delete"
+    assert len(losing.lost) == 9, "four created, three cancelled, two deleted"
     assert len(set(again)) == 1
 
 
