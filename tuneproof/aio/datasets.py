@@ -60,4 +60,4 @@ class AsyncDatasets:
 
     async def delete(self, dataset_id: str) -> None:
         """Refused (409) while a job on it has not ended; models outlive it."""
-        await self._transport.send("DELETE", at("datasets", dataset_id))
+        await self._transport.send("DELETE", at("datasets", dataset_id), done=404)

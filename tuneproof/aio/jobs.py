@@ -136,17 +136,15 @@ class AsyncJobs:
 
     async def cancel(self, job_id: str) -> Job:
         """Ask for the job to be cancelled; refused (409) where it has already ended."""
-        response = await self._transport.send("POST", at("jobs", job_id, "cancel"), creates=True)
-        return self._transport.parsed(Job, response)
+        return await self._tell(job_id, "cancel")
 
     async def retry(self, job_id: str) -> Job:
         """Start a failed or cancelled job again, from its last checkpoint."""
-        response = await self._transport.send("POST", at("jobs", job_id, "retry"), creates=True)
-        return self._transport.parsed(Job, response)
+        return await self._tell(job_id, "retry")
 
     async def delete(self, job_id: str) -> None:
         """The job, its events and artifacts; its models stay. Refused (409) while it has not ended."""
-        await self._transport.send("DELETE", at("jobs", job_id))
+        await self._transport.send("DELETE", at("jobs", job_id), done=404)
 
     async def download(self, job_id: str, name: str, to: str | PathLike[str] | None = None) -> Path:
         """One artifact, such as `metrics.json`, into the file `to`; without one, into a file of its name here."""
@@ -171,6 +169,10 @@ class AsyncJobs:
         """The rows that one side of a comparison has right and the other wrong; `label` is the true one."""
         asked = {"candidate": candidate, "baseline": baseline, "label": label}
         return self._transport.pages(Flip, at("jobs", job_id, "flips"), None, asked)
+
+    async def _tell(self, job_id: str, what: str) -> Job:
+        response = await self._transport.send("POST", at("jobs", job_id, what), done=409)
+        return self._transport.parsed(Job, response) if response.is_success else await self.get(job_id)
 
     async def _poll(self, job_id: str, seconds: float) -> Job:
         path, params = at("jobs", job_id, "wait"), {"timeout_seconds": seconds}

@@ -30,7 +30,7 @@ class AsyncModels:
 
     async def delete(self, model_id: str) -> None:
         """Refused (409) while an alias points to it."""
-        await self._transport.send("DELETE", at("models", model_id))
+        await self._transport.send("DELETE", at("models", model_id), done=404)
 
 
 class AsyncAliases:
@@ -62,4 +62,4 @@ class AsyncAliases:
 
     async def delete(self, alias: str) -> None:
         """The model stays."""
-        await self._transport.send("DELETE", at("aliases", alias))
+        await self._transport.send("DELETE", at("aliases", alias), done=404)

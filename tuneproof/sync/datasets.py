@@ -59,4 +59,4 @@ class Datasets:
 
     def delete(self, dataset_id: str) -> None:
         """Refused (409) while a job on it has not ended; models outlive it."""
-        self._transport.send("DELETE", at("datasets", dataset_id))
+        self._transport.send("DELETE", at("datasets", dataset_id), done=404)

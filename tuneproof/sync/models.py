@@ -31,7 +31,7 @@ class Models:
 
     def delete(self, model_id: str) -> None:
         """Refused (409) while an alias points to it."""
-        self._transport.send("DELETE", at("models", model_id))
+        self._transport.send("DELETE", at("models", model_id), done=404)
 
 
 class Aliases:
@@ -63,4 +63,4 @@ class Aliases:
 
     def delete(self, alias: str) -> None:
         """The model stays."""
-        self._transport.send("DELETE", at("aliases", alias))
+        self._transport.send("DELETE", at("aliases", alias), done=404)

@@ -58,16 +58,18 @@ class Transport:
         path: str,
         *,
         creates: str | bool = False,
+        done: int | None = None,
         wait_seconds: float = 0.0,
         retry_seconds: float | None = None,
         **options: Any,
     ) -> httpx.Response:
-        """The answer of a call that succeeded.
+        """The answer of a call that succeeded, or `done`.
 
         Args:
             method: Of HTTP.
             path: Under the server's URL.
             creates: Something new, which a repeated request must not create twice: True, or an idempotency key.
+            done: The status by which a repeated request learns that an earlier one, whose answer was lost, was heard.
             wait_seconds: How long the server may think before it answers, beyond the time-out of a plain call.
             retry_seconds: In place of the client's own; then also where nothing has ever answered.
             options: As `httpx` takes them.
@@ -80,7 +82,7 @@ class Transport:
             try:
                 response = self.http.request(method, path, timeout=timeout, **options)
                 self._answered = True
-                if response.is_success or (method == "DELETE" and attempts.repeated and response.status_code == 404):
+                if response.is_success or (attempts.repeated and response.status_code == done):
                     return response
                 raise refusal(response)
             except (httpx.RequestError, TuneproofError) as error:
