@@ -1,26 +1,11 @@
 """The report as a browser shows it."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from tests.unit.test_report import USUAL, job
 from worker.report import render
 
 pytestmark = pytest.mark.more
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on this machine")
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as started,
-    ):
-        yield started
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1600, "light")])

@@ -1,21 +1,15 @@
 """From a dropped file to a finished job, as a browser shows it: the real service, a real worker, a tiny base model."""
 
-import contextlib
 import json
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
+from tests.browser.conftest import Launch, Process
 from tests.tiny import BERT, labelled_texts
 from tests.waiting import until
 
@@ -25,66 +19,21 @@ LONG = 60_000  # milliseconds, for what a worker on a busy machine takes
 
 
 class Service:
-    """The API and a worker as processes of their own, on one data folder; the API can be stopped and come back."""
+    """The API and a worker, each of which can be stopped and come back."""
 
-    def __init__(self, data_dir: Path, models_dir: Path) -> None:
-        self.data_dir = data_dir
-        given = {"DATA_DIR": data_dir, "MODELS_DIR": models_dir, "POLL_SECONDS": "0.1", "MIN_FREE_BYTES": "0"}
-        self.environment = os.environ | {f"TUNEPROOF_{name}": str(value) for name, value in given.items()}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def start(self, name: str, *arguments: str) -> None:
-        with (self.data_dir / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [sys.executable, "-P", "-m", *arguments], env=self.environment, stdout=log, stderr=log
-            )
-
-    def start_api(self) -> None:
-        self.start("api", "service", "serve", "--port", str(self.port))
-        until(self.answers, 60, "the API answers")
-
-    def start_worker(self) -> None:
-        self.start("worker", "worker")
-
-    def stop(self, name: str) -> None:
-        process = self.processes.pop(name)
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-
-    def answers(self) -> bool:
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/healthz").is_success
-        return False
+    def __init__(self, api: Process, worker: Process) -> None:
+        self.api, self.worker, self.url = api, worker, api.url
 
     def items(self, path: str) -> list[dict[str, object]]:
         return httpx.get(f"{self.url}{path}").json()["data"]  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Service]:
-    started = Service(tmp_path_factory.mktemp("data"), tiny_models)
-    try:
-        started.start_api()
-        yield started
-    finally:
-        for name in list(started.processes):
-            started.stop(name)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on this machine")
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as started,
-    ):
-        yield started
+def service(launch: Launch, tiny_models: Path) -> Service:
+    made = Service(launch("service", "serve", MODELS_DIR=tiny_models), launch("worker", MODELS_DIR=tiny_models))
+    made.api.start()
+    made.api.wait_until_it_answers()
+    return made
 
 
 @pytest.fixture
@@ -145,10 +94,10 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
 
     expect(page).to_have_title("tickets – tuneproof")
 
-    service.start_worker()
+    service.worker.start()
     expect(page.get_by_role("img", name=re.compile("^Loss. Training loss was"))).to_be_visible(timeout=LONG)
-    service.stop("api")
-    service.start_api()
+    service.api.stop()
+    service.api.start()
     expect(page.get_by_text("succeeded").first).to_be_visible(timeout=LONG)
     expect(page.get_by_role("img", name=re.compile(r"^Validation macro-F1\. 0\.\d+ after epoch"))).to_be_visible()
     log = page.get_by_role("region", name="Log, newest first").get_by_role("listitem")
@@ -217,8 +166,7 @@ def test_a_file_is_chosen_by_keyboard_and_an_upload_can_be_stopped(page):
 def test_a_dataset_in_use_says_why_it_cannot_be_deleted(service, page):
     answer = httpx.post(f"{service.url}/datasets", files={"file": ("busy.csv", tickets())})
     dataset = answer.json()["id"]
-    if "worker" in service.processes:
-        service.stop("worker")
+    service.worker.stop()
     job = httpx.post(f"{service.url}/jobs", content=json.dumps({"dataset_id": dataset})).json()["id"]
     page.goto(f"{service.url}/ui/#/datasets")
     page.get_by_role("button", name="Delete busy").click()
