@@ -11,6 +11,7 @@ export default function Job({ id, session }) {
   const { job, story, error, state, restart } = useJob(id);
   if (error) return html`<h1>Job</h1><${Trouble} error=${error} /><p><a href="#/jobs">All jobs</a></p>`;
   if (!job) return html`<h1>Job</h1>${state === "lost" ? html`<p class="notice" role="status">The service cannot be reached, trying again…</p>` : html`<${Loading} what="the job" />`}`;
+  const actions = may(session, "write") && html`<${Actions} job=${job} onChange=${restart} />`;
   return html`
     <h1><bdi>${job.name}</bdi></h1>
     <p class="line"><${Status} of=${job.status} /> <span class="soft">${job.kind} on <a href=${`#/dataset/${job.dataset_id}`}>its dataset</a>, asked for <${Time} at=${job.created_at} />${job.attempt > 1 && `, attempt ${job.attempt}`}</span></p>
@@ -20,12 +21,12 @@ export default function Job({ id, session }) {
     <${Progress} job=${job} />
     ${job.status === "failed" && html`<${Failure} error=${job.error} />`}
     ${job.status === "cancelled" && html`<p>Cancelled. <em>Retry</em> goes on from its last checkpoint, where it has one.</p>`}
-    ${may(session, "write") && html`<${Actions} job=${job} onChange=${restart} />`}
-    ${job.status === "succeeded" && html`<${Outcome} job=${job} session=${session} />`}
+    ${job.status === "succeeded" ? html`<${Outcome} job=${job} session=${session} />` : actions}
     <${JobWarnings} story=${story} />
     <${Curves} story=${story} epochs=${job.terminal ? 1 : job.spec.train?.epochs} />
     <${Log} story=${story} />
     <section><details><summary>Values in force</summary><${Copyable} text=${JSON.stringify(job.spec, null, 2)} /></details></section>
+    ${job.status === "succeeded" && actions}
   `;
 }
 
