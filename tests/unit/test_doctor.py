@@ -62,8 +62,9 @@ def test_what_is_there_is_left_as_it_was_also_beside_a_running_server(tmp_path: 
     db = Database(db.url)
     with db.write() as session:
         catalog.create_key(session, "me", "admin", START)
-        before = everything_in(tmp_path)
         assert findings(tmp_path)["database"].level == "ok", "a writer is at work"
+    before = everything_in(tmp_path)
+    assert f"{tmp_path}/tuneproof.db-wal" in before
     assert findings(tmp_path)["keys"].found == "there are some", "also from the write-ahead log"
     assert set(everything_in(tmp_path)) == set(before)
     db.close()
