@@ -1,4 +1,4 @@
-"""`python -P -m service serve | migrate | keys | pull`: what the `tuneproof` command starts."""
+"""`python -P -m service serve | migrate | keys | pull | doctor`: what the `tuneproof` command starts."""
 
 import argparse
 import socket
@@ -86,6 +86,18 @@ def migrate_database(given: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(given: argparse.Namespace) -> int:
+    """Looks at everything the server needs, and changes nothing."""
+    from service.doctor import Finding, examine, show
+
+    try:
+        settings = read_settings()
+    except RuntimeError as error:
+        todo = "Correct these variables; the README lists all settings."
+        return show(iter([Finding("fail", "settings", str(error), todo)]), as_json=given.as_json)
+    return show(examine(settings), as_json=given.as_json)
+
+
 def create_key(given: argparse.Namespace) -> int:
     db, now = _database(), utc_now()
     expires_at = None if given.expires_days is None else now + timedelta(days=given.expires_days)
@@ -147,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = keys.add_parser("revoke")
     verb.add_argument("key_id")
     verb.set_defaults(run=revoke_key)
+    verb = verbs.add_parser("doctor")
+    verb.add_argument("--json", action="store_true", dest="as_json")
+    verb.set_defaults(run=doctor)
     verb = verbs.add_parser("pull")
     verb.add_argument("name")
     verb.set_defaults(run=pull_model)

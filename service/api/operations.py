@@ -1,21 +1,25 @@
 """For whoever runs the service: is it up, is it ready, how is it doing."""
 
+import logging
 from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, scope_of_caller
 from service.api.meters import WORKER_SILENT, Meters
 from service.api.schemas import HealthOut, ReadyOut
-from service.core.errors import Unauthorized
+from service.core.errors import LowDisk, Unauthorized
 from service.db import catalog
+from service.db.engine import revisions
+from service.inference.handle import EngineHandle
 
 router = APIRouter(tags=["operations"])
+log = logging.getLogger("tuneproof.api")
 
 
 @router.get("/", include_in_schema=False)
@@ -32,14 +36,16 @@ async def healthz() -> HealthOut:
 @router.get("/readyz", response_model=ReadyOut, response_model_exclude_none=True, responses={503: {"model": ReadyOut}})
 async def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
     """Whether it can do its work; with a key, in words."""
-    checks = await run_in_threadpool(_checks, ctx)
-    ready = all(checks[name] == "ok" for name in ("database", "storage", "engine"))
+    ready, checks = await run_in_threadpool(_checks, ctx)
     if not ready:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
     try:
         await run_in_threadpool(scope_of_caller, request, ctx)
     except Unauthorized:
+        checks = {}
+    except SQLAlchemyError as error:  # whose key it is cannot be looked up: the log is told instead
+        log.error("not ready: the database cannot be read (%s)", type(error).__name__)
         checks = {}
     return ReadyOut(status="ready" if ready else "not_ready", checks=checks or None)
 
@@ -52,21 +58,57 @@ def metrics(request: Request, ctx: Ctx) -> Response:
         return Response(meters.exposition(session, ctx.engine, ctx.clock()), media_type=CONTENT_TYPE_LATEST)
 
 
-def _checks(ctx: Context) -> dict[str, Any]:
-    checks: dict[str, Any] = {"database": "ok", "storage": "ok", "engine": "ok", "workers": []}
+def _checks(ctx: Context) -> tuple[bool, dict[str, Any]]:
+    """Whether it can do its work, and each part in words: `ok`, or what is wrong and what to do."""
+    database, workers = _database(ctx)
+    storage, engine = _storage(ctx), _engine(ctx.engine)
+    ready = database == storage == "ok" and ctx.engine.running and ctx.engine.figures is not None
+    return ready, {
+        "database": database, "storage": storage, "engine": engine, "workers": workers, "disk": _disk(ctx),
+        "versions": {"tuneproof": version("tuneproof")},
+    }  # fmt: skip
+
+
+def _database(ctx: Context) -> tuple[str, list[str] | str]:
+    """In words, and the workers that it has seen lately."""
     try:
         with ctx.db.read() as session:
-            session.execute(text("SELECT 1"))
-            checks["workers"] = [
-                row["id"] for row in catalog.workers_seen(session, ctx.clock() - WORKER_SILENT)
-            ] or "none seen for 30 s: start one with `tuneproof worker`"
+            has, needs = revisions(session.connection())
+            seen = [row["id"] for row in catalog.workers_seen(session, ctx.clock() - WORKER_SILENT)]
     except Exception as error:  # noqa: BLE001 -- whatever the driver raises, it is not ready
-        checks["database"] = f"cannot be read ({type(error).__name__})"
+        todo = "Is it running, and does its disk have space? `tuneproof doctor` looks closer."
+        return f"cannot be read ({type(error).__name__}). {todo}", "not known without the database"
+    words = "ok" if has == needs else (
+        f"is at revision {has}, and this version works with {needs}. Run `tuneproof migrate`, or, where a newer "
+        "tuneproof wrote it, install that one."
+    )  # fmt: skip
+    return words, seen or "none seen for 30 s, so no job is taken: start one with `tuneproof worker`"
+
+
+def _storage(ctx: Context) -> str:
     try:
         ctx.storage.probe()
-    except Exception as error:  # noqa: BLE001
-        checks["storage"] = f"cannot be reached ({type(error).__name__})"
-    if not ctx.engine.running:
-        checks["engine"] = "is starting"
-    checks["versions"] = {"tuneproof": version("tuneproof")}
-    return checks
+    except Exception as error:  # noqa: BLE001 -- every driver has its own
+        todo = "Is it there, and may the service's user read it? See TUNEPROOF_STORAGE_URL."
+        return f"cannot be reached ({type(error).__name__}). {todo}"
+    return "ok"
+
+
+def _engine(engine: EngineHandle) -> str:
+    figures, words = engine.figures, []
+    if not engine.running or figures is None:
+        words.append("is starting: /predict answers 503 until it is there")
+    else:
+        words += [f"is loading base model '{name}': until then its models answer 503" for name in figures.loading]
+        words += figures.refused.values()
+    if engine.restarts:
+        words.append(f"was lost and started again, so far {engine.restarts} times; the log says why")
+    return "; ".join(words) or "ok"
+
+
+def _disk(ctx: Context) -> str:
+    try:
+        ctx.refuse_on_low_disk()
+    except LowDisk as error:
+        return f"uploads and jobs are refused with 507. {error.detail}"
+    return "ok"

@@ -3,6 +3,7 @@
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def migrate(url: str) -> None:
                     "backup made before the upgrade."
                 ) from error
             raise
+
+
+def revisions(connection: Connection) -> tuple[str | None, str | None]:
+    """The database's revision, None where it has no tables yet, and the one that this version works with."""
+    from alembic.runtime.migration import MigrationContext
+
+    return MigrationContext.configure(connection).get_current_revision(), _newest_revision()
+
+
+@cache
+def _newest_revision() -> str | None:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(alembic_config("sqlite://")).get_current_head()
 
 
 def alembic_config(url: str):  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ from service.core.clock import Clock
 from service.core.errors import EngineUnavailable
 from service.core.settings import Settings
 from service.inference.handle import Scores
-from service.inference.wire import ServedModel
+from service.inference.wire import Figures, ServedModel
 from service.main import create_app
 from service.server import Server
 from tests.rows import StillClock, fresh_database
@@ -27,9 +27,9 @@ ELSEWHERE = ("203.0.113.7", 50_000)
 
 
 class QuietEngine:
-    """Runs, and is never ready: what the API has beside it where no test is about predictions."""
+    """Runs, and never answers: what the API has beside it where no test is about predictions."""
 
-    running, pid, figures = True, None, None
+    running, pid, figures = True, None, Figures()
     restarts = waiting_calls = waiting_chars = 0
 
     async def run(self, warm: Sequence[ServedModel] = ()) -> None:

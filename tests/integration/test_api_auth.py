@@ -137,7 +137,7 @@ def test_readiness_is_told_in_words_only_to_a_key(locked: tuple[TestClient, dict
     for key in (None, "wrong", keys["expired"]):
         assert call(client, ("GET", "/readyz"), key).json() == {"status": "ready"}
     checks = call(client, ("GET", "/readyz"), keys["predict"]).json()["checks"]
-    assert set(checks) == {"database", "storage", "engine", "workers", "versions"}
+    assert set(checks) == {"database", "storage", "engine", "workers", "disk", "versions"}
 
 
 def test_a_key_is_checked_before_the_body_is(locked: tuple[TestClient, dict[str, str]]) -> None:

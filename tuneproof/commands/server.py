@@ -54,6 +54,12 @@ def migrate() -> None:
     become("service", "migrate")
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Check this machine and the settings, and say what to do; changes nothing."""
+    become("service", "doctor", *(["--json"] if as_json else []))
+
+
 @keys.command("create")
 def create_key(
     name: Annotated[str, typer.Option(help="Whose key it is.")],
