@@ -12,7 +12,9 @@ from tests.documents import ROOT
 
 pytestmark = pytest.mark.more
 
-_FETCHED = re.compile(r"""(?:src|srcset)\s*=\s*["']?(?:https?:)?//|url\(\s*["']?(?:https?:)?//|@import\s+["']?(?:url\()?["']?https?:""")
+_FETCHED = re.compile(
+    r"""(?:src|srcset)\s*=\s*["']?(?:https?:)?//|url\(\s*["']?(?:https?:)?//|@import\s+["']?(?:url\()?["']?https?:"""
+)
 _LINK = re.compile(r"<link\b[^>]*>")
 
 

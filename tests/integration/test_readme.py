@@ -19,7 +19,7 @@ from tests.documents import ROOT, Block, blocks
 from tests.waiting import until
 from tuneproof.demo import free_port
 
-pytestmark = [pytest.mark.more, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.more, pytest.mark.timeout(1800)]
 
 PAGES = ("README.md", "docs/quick-start.md", "docs/predict.md")
 NOT_RUN = {("README.md", "it would run itself"), ("docs/predict.md", "needs Excel")}
@@ -29,8 +29,9 @@ ONCE = {"make demo\n", *STAYS}  # the quick start begins like the README; a seco
 APPS_SCRIPT = """
 const {execFileSync} = require("node:child_process");
 const UrlFetchApp = {fetch: (url, {method, contentType, headers, payload}) => {
-  const headed = Object.entries({...headers, "Content-Type": contentType}).flatMap(([name, value]) => ["-H", `${name}: ${value}`]);
-  const body = execFileSync("curl", ["-sf", "-X", method.toUpperCase(), url, ...headed, "-d", payload]).toString();
+  const all = Object.entries({...headers, "Content-Type": contentType});
+  const sent = all.flatMap(([name, is]) => ["-H", `${name}: ${is}`]);
+  const body = execFileSync("curl", ["-sf", "-X", method.toUpperCase(), url, ...sent, "-d", payload]).toString();
   return {getContentText: () => body};
 }};
 const PropertiesService = {getScriptProperties: () => ({getProperty: name => process.env[name]})};
@@ -81,7 +82,9 @@ class Reader:
         done = subprocess.run(
             ["bash", "-c", kept], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, f"{block.where} ended with {done.returncode}:\n{text}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, (
+            f"{block.where} ended with {done.returncode}:\n{text}\n{done.stdout}\n{done.stderr}"
+        )
         return done.stdout
 
     def file(self, name: str, text: str) -> Path:
