@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench lock vendor
+.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench docs lock vendor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,10 @@ check: setup ## Style, types, imports, migrations in step with the models, lines
 
 bench: setup ## Every benchmark's table; BENCH_ARGS=--quick for short runs
 	@for program in $(wildcard benchmarks/[a-z]*.py); do echo "== $$program"; $(BIN)/python "$$program" $(BENCH_ARGS); done
+
+docs: setup ## The documentation as a site, in site/; a broken link fails it
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site
+	@echo "site/index.html"
 
 # The pins are what a fresh environment gets today. No local versions such as torch's `+cpu`, which exist only
 # where that build can be seen, and no CUDA libraries: torch names those itself, to the patch.
