@@ -3,17 +3,14 @@
 import asyncio
 import contextlib
 import logging
-import re
-import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import (
     datasets,
@@ -30,12 +27,10 @@ from service.api import (
     session,
 )
 from service.api.context import Context, authorize
+from service.api.envelope import Envelope
 from service.api.meters import Meters
 from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
-from service.core import logs
 from service.core.clock import Clock, utc_now
-from service.core.errors import TooLarge
-from service.core.ids import new_token
 from service.core.settings import Settings
 from service.core.spec import JobSpec
 from service.db import catalog, idempotency, sessions
@@ -54,14 +49,9 @@ _PROBLEM: dict[str, Any] = {
     "description": "A problem, RFC 9457.",
     "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_JOB_ID = re.compile(r"job_[0-9a-f]{26}")
-_LOOKS = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds, for ever
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SECONDS_BETWEEN_ROUNDS = 5.0
 _WARM_MODELS = 20
 log = logging.getLogger("tuneproof.api")
-access = logging.getLogger("tuneproof.access")
 
 
 def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> FastAPI:
@@ -148,84 +138,6 @@ def _round(context: Context) -> None:
             log.warning("%s cannot be deleted yet (%s)", prefix, type(error).__name__)
         else:
             job_queue.collected(context.db, garbage_id)
-
-
-class Envelope:
-    """Around every request: its id, its figures, the limit of its body, and a plain 500 where something broke."""
-
-    def __init__(self, app: ASGIApp, meters: Meters, max_body_bytes: int) -> None:
-        self.app, self.meters, self.max_body_bytes = app, meters, max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{new_token()}"
-        scope.setdefault("state", {})["request_id"] = request_id
-        with logs.bound(request_id=request_id):
-            await self._answer(scope, receive, send, request_id)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        headers = dict(scope["headers"])
-        status, start, streams = 0, time.perf_counter(), False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status, streams
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                streams = any(value.startswith(b"text/event-stream") for _name, value in message.get("headers", ()))
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        try:
-            await self.app(scope, self._limited(headers.get(b"content-length", b"0"), receive), send_with_id)
-        except Exception as error:
-            log.error("request %s failed\n%s", request_id, logs.where(error))
-            if status:
-                raise
-            answer = problems.problem(
-                Request(scope), 500, "internal", "Something broke on our side; the log names it by this request's id."
-            )
-            await answer(scope, receive, send_with_id)
-        finally:
-            self._account(scope, status, time.perf_counter() - start, streams=streams)
-
-    def _account(self, scope: Scope, status: int, seconds: float, *, streams: bool) -> None:
-        """Counts the answer and logs it: by its route, as the path is whatever somebody typed."""
-        route = getattr(scope.get("route"), "path", "unknown")
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        self.meters.answered(method, route, status, None if streams else seconds)
-        job_id = str(scope.get("path_params", {}).get("job_id", ""))
-        job = {"job_id": job_id} if _JOB_ID.fullmatch(job_id) else {}
-        level = logging.DEBUG if route in _LOOKS else logging.INFO
-        with logs.bound(method=method, route=route, status=status, seconds=round(seconds, 4), **job):
-            access.log(level, "%s %s %d in %.3f s", method, route, status, seconds)
-
-    def _limited(self, declared: bytes, receive: Receive) -> Receive:
-        """`receive`, raising TooLarge at once where the body says it is too large, else as soon as it is.
-
-        FastAPI's own `max_body_size` answers with plain text, which is no problem+json.
-        """
-        received = int(declared) if declared.isdigit() else 0
-        too_large = TooLarge("The body is larger than this service takes; see TUNEPROOF_MAX_UPLOAD_BYTES.")
-        if received > self.max_body_bytes:
-
-            async def refuse() -> Message:
-                raise too_large
-
-            return refuse
-        received = 0
-
-        async def count() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
-                raise too_large
-            return message
-
-        return count
 
 
 def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:

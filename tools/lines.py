@@ -5,8 +5,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-BUDGET = 9_500
+BUDGET = 12_000
 """Lines of code: docstrings say what a caller must know, and are not what a budget should make dearer (decision 12)."""
+SCRIPTS_BUDGET = 2_200
+"""Of the web pages, another language with its own reader."""
 ROOT = Path(__file__).parent.parent
 MADE = ROOT / "tuneproof" / "sync"
 """Written by tools/make_sync.py; nobody keeps it."""
@@ -31,6 +33,13 @@ def room(path: Path) -> str:
     return "/".join(path.relative_to(ROOT).parts[:-1][:2])
 
 
+def scripts() -> int:
+    """Lines of the pages' scripts, without the vendored libraries."""
+    ours = (path for path in (ROOT / "service/web/static").rglob("*.js") if path.parent.name != "vendor")
+    lines = (line.strip() for path in ours for line in path.read_text("utf-8").splitlines())
+    return sum(bool(line) and not line.startswith(("//", "/*", "*")) for line in lines)
+
+
 def main() -> int:
     code: Counter[str] = Counter()
     docstrings: Counter[str] = Counter()
@@ -45,8 +54,9 @@ def main() -> int:
         for name in sorted(code, key=lambda n: (n == "all but tests", n))
     ]
     table += [f"{'budget':<20}{BUDGET:>8,}"]
+    table += [f"{'scripts of pages':<20}{scripts():>8,}", f"{'their budget':<20}{SCRIPTS_BUDGET:>8,}"]
     sys.stdout.write("\n".join(table) + "\n")
-    return int(code["all but tests"] > BUDGET)
+    return int(code["all but tests"] > BUDGET or scripts() > SCRIPTS_BUDGET)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from fastapi.testclient import TestClient
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api.envelope import Envelope
 from service.api.meters import Meters
 from service.db import catalog, jobs
 from service.db.jobs import Progress
 from service.inference.wire import Figures
-from service.main import Envelope
 from tests.rows import GRACE, START, StillClock, add_job, claim, model
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
