@@ -166,6 +166,9 @@ def test_pages_of_flips_join_up_and_a_label_picks_its_own(shared: TestClient, le
     label = 'the "other"'
     of_label = shared.get(f"/jobs/{job_id}/flips", params={"limit": 200, "label": label}).json()["data"]
     assert of_label == [flip for flip in pages if flip["label"] == label][:200] != []
+    for flip in ("fixed", "broken"):
+        of_side = shared.get(f"/jobs/{job_id}/flips", params={"limit": 200, "flip": flip}).json()["data"]
+        assert of_side == [one for one in pages if one["flip"] == flip][:200] != []
     assert shared.get(f"/jobs/{job_id}/flips", params={"label": "nobody's"}).json() == {"data": [], "has_more": False}
 
 
@@ -173,7 +176,14 @@ def test_a_job_without_flips_says_so(shared: TestClient, leave: Leave) -> None:
     job_id = add_job(shared.app.state.context.db)  # type: ignore[attr-defined]
     for path in (f"/jobs/{job_id}/flips", "/jobs/job_none/flips"):
         problem_of(shared.get(path), 404, "not_found")
-    for asked in ({"limit": 0}, {"limit": 201}, {"after": -1}, {"after": "job_1"}, {"candidate": "x" * 65}):
+    for asked in (
+        {"limit": 0},
+        {"limit": 201},
+        {"after": -1},
+        {"after": "job_1"},
+        {"candidate": "x" * 65},
+        {"flip": "x"},
+    ):
         problem_of(shared.get(f"/jobs/{job_id}/flips", params=asked), 422, "invalid_input")
     claim(shared.app.state.context.db)  # type: ignore[attr-defined]
 

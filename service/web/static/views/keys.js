@@ -36,10 +36,10 @@ function Create({ isFirst, onMade, onChanged }) {
   const once = useMemo(token, [name, scope, days]); // sent again after a lost answer, it makes no second key
   const [send, busy, error] = useAction(async () => {
     const made = await call("POST", "/keys", { key: once, json: { name: name.trim(), scope: isFirst ? "admin" : scope, ...(days && { expires_days: Number(days) }) } });
+    setName("");
     onMade(made); // before all else: whatever fails from here on, the secret is on the page
     // The service is closed now: sign in before anything else is asked.
     if (isFirst) await call("POST", "/session", { json: { key: made.key } });
-    setName("");
     onChanged();
   });
   return html`<section class="gap" aria-labelledby="create">

@@ -12,7 +12,12 @@ export function LearningCurve({ metrics }) {
     ...trained.map((name) => ({ name: METHODS[name], chosen: name === "lora", points: curve.map((point) => [point.n_train, point.methods[name].accuracy]) })),
     ...prompts.map((name) => ({ name: `${METHODS[name]} (no training)`, level: true, points: ends.map((x) => [x, methods[name].baseline_subset.accuracy]) })),
   ];
-  const crossing = (toX) => found && html`<line x1=${toX(found.n_train)} x2=${toX(found.n_train)} y1="26" y2="276" stroke="var(--accent)" stroke-dasharray="2 4" />`;
+  const crossing = (toX) => {
+    if (!found) return null;
+    const x = toX(found.n_train), isLeft = found.n_train ** 2 < ends[0] * ends[1]; // of the middle of a log axis
+    return html`<line x1=${x} x2=${x} y1="26" y2="276" stroke="var(--accent)" stroke-dasharray="2 4" />
+      <text x=${isLeft ? x + 6 : x - 6} y="36" text-anchor=${isLeft ? "start" : "end"} class="halo">overtakes the prompt</text>`;
+  };
   const said = series.map((one) => `${one.name}: ${one.level ? percent(one.points[0][1]) : one.points.map(([x, y]) => `${percent(y)} at ${number(x)}`).join(", ")}`);
   return html`<section class="gap" aria-labelledby="learning">
     <h2 id="learning">How many labels it takes</h2>
