@@ -12,8 +12,8 @@ const sum = (numbers) => numbers.reduce((total, n) => total + n, 0);
  * @param order ids of the labels to show, in this order; answers outside it are one column.
  */
 export function Matrix({ matrix, labels, order, caption }) {
-  const body = useRef(null), byKey = useRef(false);
-  const [at, setAt] = useState([0, 0]);
+  const body = useRef(null), isMoving = useRef(false);
+  const [{ at, byKey }, setAt] = useState({ at: [0, 0] });
   const rows = useMemo(() => {
     const elsewhere = labels.map((_, id) => id).filter((id) => !order.includes(id));
     return order.map((of) => [...order.map((as) => matrix[of][as]), sum(elsewhere.map((as) => matrix[of][as])), matrix[of][labels.length]]);
@@ -25,7 +25,7 @@ export function Matrix({ matrix, labels, order, caption }) {
     const total = sum(matrix[order[i]]);
     return html`<tr><th scope="row"><bdi title=${names[i]}>${names[i]}</bdi></th>${row.map((n, j) => html`<td tabindex="-1" class=${`${i === j ? "hit " : ""}${n ? `s${Math.ceil((5 * n) / total)}` : "zero"}`}>${n || "·"}</td>`)}</tr>`;
   }), [shown]);
-  useEffect(() => setAt([0, 0]), [shown]);
+  useEffect(() => setAt({ at: [0, 0] }), [shown]);
 
   const [i, j] = [Math.min(at[0], shown.length - 1), Math.min(at[1], names.length - 1)];
   const n = shown[i][j], total = sum(matrix[order[i]]), [of, as] = [names[i], names[j]];
@@ -40,25 +40,26 @@ export function Matrix({ matrix, labels, order, caption }) {
     if (!cell) return undefined;
     cell.tabIndex = 0;
     cell.setAttribute("aria-label", said);
-    if (byKey.current) cell.focus();
-    byKey.current = false;
+    isMoving.current = true;
+    if (byKey) cell.focus();
+    isMoving.current = false;
     return () => {
       cell.tabIndex = -1;
       cell.removeAttribute("aria-label");
     };
-  }, [i, j, said, cells]);
+  }, [i, j, said, cells, byKey]);
 
   const point = (event) => {
     const cell = event.target.closest("td");
-    if (cell) setAt([cell.parentNode.sectionRowIndex, cell.cellIndex - 1]);
+    // Focus that came by a key is known: told again, it would undo a key that came in between.
+    if (cell && !isMoving.current) setAt({ at: [cell.parentNode.sectionRowIndex, cell.cellIndex - 1] });
   };
   const walk = (event) => {
     const step = STEPS[event.key];
     if (!step || !event.target.closest("td")) return;
     event.preventDefault();
-    byKey.current = true;
     // From where it is now: a key held down comes faster than the page is drawn.
-    setAt((now) => step(...now).map((to, axis) => Math.max(0, Math.min((axis ? names : shown).length - 1, to))));
+    setAt((now) => ({ at: step(...now.at).map((to, axis) => Math.max(0, Math.min((axis ? names : shown).length - 1, to))), byKey: true }));
   };
   return html`<p class="said">${words((text) => html`<em><bdi>${text}</bdi></em>`)}</p>
     <${Scroll} label="Confusion matrix"><table role="grid" class="matrix" onPointerOver=${point} onFocusIn=${point} onKeyDown=${walk}>
