@@ -22,6 +22,7 @@ from service.db.engine import Database, migrate
 from service.doctor import Finding, examine
 from tests.rows import START, fresh_database
 from tuneproof import cli
+from tuneproof.commands import server
 
 SECRET = "whsec_" + "c2VjcmV0" * 5
 
@@ -183,7 +184,7 @@ def test_settings_that_cannot_be_read_are_a_finding_too(
 
 def test_the_command_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[str, ...]] = []
-    monkeypatch.setattr(cli, "become", lambda *arguments: called.append(arguments))
+    monkeypatch.setattr(server, "become", lambda *arguments: called.append(arguments))
     for words in (["doctor"], ["doctor", "--json"]):
         assert CliRunner().invoke(cli.app, words).exit_code == 0
     assert called == [("service", "doctor"), ("service", "doctor", "--json")]
