@@ -1,7 +1,6 @@
 """Log lines: what they carry, and what they never do; set up in a process of its own, as where a server starts."""
 
 import json
-import logging
 import subprocess
 import sys
 from datetime import datetime
@@ -117,4 +116,3 @@ def test_what_is_bound_ends_with_its_block() -> None:
     with logs.bound(request_id="req_1"):
         assert logs.request_id() == "req_1"
     assert logs.request_id() is None
-    assert logging.getLogger("tuneproof").level == logging.NOTSET, "this process was never set up"
