@@ -2,6 +2,7 @@ import json
 import time
 from dataclasses import asdict, replace
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
