@@ -1,10 +1,12 @@
 """`python -P -m service serve | migrate | keys | pull | doctor`: what the `tuneproof` command starts."""
 
 import argparse
+import json
 import socket
 import sys
 import tempfile
 from datetime import timedelta
+from typing import Any
 
 from service.core import logs
 from service.core.clock import utc_now
@@ -12,6 +14,7 @@ from service.core.errors import AppError
 from service.core.settings import read_settings
 from service.db import catalog
 from service.db.engine import Database, alembic_config, migrate
+from service.db.models import ApiKey
 from service.ml.base_models import find_base, pull
 
 
@@ -38,8 +41,7 @@ def serve(given: argparse.Namespace) -> int:
     settings = read_settings(**asked)
     logs.configure(settings.log_level, settings.log_format)
     migrate(settings.resolved_database_url)
-    given_key = settings.bootstrap_key.get_secret_value().strip() if settings.bootstrap_key else ""
-    if settings.listens_beyond_loopback and not given_key:
+    if settings.listens_beyond_loopback and not settings.bootstrap_secret:
         db = Database(settings.resolved_database_url)
         open_to_all = not catalog.any_key_ever(db)
         db.close()
@@ -103,17 +105,31 @@ def create_key(given: argparse.Namespace) -> int:
     expires_at = None if given.expires_days is None else now + timedelta(days=given.expires_days)
     with db.write() as session:
         key, secret = catalog.create_key(session, given.name, given.scope, now, expires_at)
+    if given.as_json:
+        print(json.dumps(_shown(key) | {"key": secret}, indent=2))  # noqa: T201
+        return 0
     print(secret)  # noqa: T201
     print(f"{key.id} ({key.scope}): the line above is the key; it is not shown again.", file=sys.stderr)  # noqa: T201
     return 0
 
 
-def list_keys(_given: argparse.Namespace) -> int:
+def list_keys(given: argparse.Namespace) -> int:
     with _database().read() as session:
+        if given.as_json:
+            print(json.dumps([_shown(key) for key in catalog.list_keys(session)], indent=2))  # noqa: T201
+            return 0
         for key in catalog.list_keys(session):
             state = "revoked" if key.revoked_at else f"expires {key.expires_at:%Y-%m-%d}" if key.expires_at else "live"
             print(f"{key.id}  {key.scope:8}{key.created_at:%Y-%m-%d}  {state:20}{key.name}")  # noqa: T201
     return 0
+
+
+def _shown(key: ApiKey) -> dict[str, Any]:
+    """As `GET /keys` has it."""
+    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "revoked_at")}
+    return {"id": key.id, "name": key.name, "scope": key.scope} | {
+        name: at and at.isoformat() for name, at in times.items()
+    }
 
 
 def revoke_key(given: argparse.Namespace) -> int:
@@ -153,8 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--name", required=True)
     verb.add_argument("--scope", required=True, choices=catalog.SCOPES)
     verb.add_argument("--expires-days", type=float)
+    verb.add_argument("--json", dest="as_json", action="store_true")
     verb.set_defaults(run=create_key)
     verb = keys.add_parser("list")
+    verb.add_argument("--json", dest="as_json", action="store_true")
     verb.set_defaults(run=list_keys)
     verb = keys.add_parser("revoke")
     verb.add_argument("key_id")

@@ -233,7 +233,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
                 yield Finding("warn", "database", f"{shown} is at revision {has}; this version needs {needs}", todo)
         finally:
             engine.dispose()
-    if settings.listens_beyond_loopback and not keys and settings.bootstrap_key is None:
+    if settings.listens_beyond_loopback and not keys and not settings.bootstrap_secret:
         todo = "tuneproof keys create --name me --scope admin, or set TUNEPROOF_BOOTSTRAP_KEY."
         yield Finding("fail", "keys", f"no key exists, so it will refuse to listen on {settings.host}", todo)
     else:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -30,6 +31,7 @@ from service.api.context import Context, authorize
 from service.api.envelope import Envelope
 from service.api.meters import Meters
 from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
+from service.core import logs
 from service.core.clock import Clock, utc_now
 from service.core.settings import Settings
 from service.core.spec import JobSpec
@@ -49,7 +51,7 @@ _PROBLEM: dict[str, Any] = {
     "description": "A problem, RFC 9457.",
     "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
-_SECONDS_BETWEEN_ROUNDS = 5.0
+_SECONDS_BETWEEN_ROUNDS, _ROUNDS_BETWEEN_FORGETTING = 5.0, 12
 _WARM_MODELS = 20
 log = logging.getLogger("tuneproof.api")
 
@@ -88,6 +90,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     webhooks = Webhooks(context.db, context.settings, context.clock)
     rooms = (context.engine.run(warm), _housekeeping(context), webhooks.run())
     tasks = [asyncio.create_task(room) for room in rooms]
+    for task in tasks:
+        task.add_done_callback(_tell_if_it_died)
     yield
     for task in tasks:
         task.cancel()
@@ -96,10 +100,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context.db.close()
 
 
+def _tell_if_it_died(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s ended and will not come back: restart the API\n%s", task.get_coro(), logs.where(error))
+
+
 def _bootstrap(context: Context) -> None:
     """Stores the first key that a container was given, where there is none."""
-    given = context.settings.bootstrap_key
-    secret = given.get_secret_value().strip() if given is not None else ""
+    secret = context.settings.bootstrap_secret
     if secret and not context.keys_exist():
         with context.db.write() as session:
             catalog.create_key(session, "bootstrap", "admin", context.clock(), secret=secret)
@@ -117,20 +125,21 @@ def _models_to_warm(context: Context) -> list[ServedModel]:
 
 async def _housekeeping(context: Context) -> None:
     """Takes jobs from lost workers, deletes bytes whose grace time is over, and forgets old sessions and answers."""
-    while True:
+    for number in itertools.count():
         try:
-            await run_in_threadpool(_round, context)
+            await run_in_threadpool(_round, context, number % _ROUNDS_BETWEEN_FORGETTING == 0)
         except Exception:
             log.exception("housekeeping failed; it is tried again")
         await asyncio.sleep(_SECONDS_BETWEEN_ROUNDS)
 
 
-def _round(context: Context) -> None:
+def _round(context: Context, forgets: bool = True) -> None:
     now, settings = context.clock(), context.settings
     grace = timedelta(seconds=settings.delete_grace_seconds)
     job_queue.reap(context.db, now, settings.max_attempts, grace)
-    sessions.forget_ended(context.db, now)
-    idempotency.forget_old(context.db, now)
+    if forgets:  # they need the database's write lock each time, and what is over is refused without
+        sessions.forget_ended(context.db, now)
+        idempotency.forget_old(context.db, now)
     for garbage_id, prefix in job_queue.due_garbage(context.db, now):
         try:
             context.storage.delete(prefix)

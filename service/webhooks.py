@@ -13,6 +13,7 @@ import httpx
 from standardwebhooks import Webhook
 from starlette.concurrency import run_in_threadpool
 
+from service.core import logs
 from service.core.clock import Clock
 from service.core.errors import InvalidInput
 from service.core.settings import Settings
@@ -77,9 +78,10 @@ class Webhooks:
     async def round(self, client: httpx.AsyncClient) -> None:
         """Makes every call that is due, side by side."""
         due = await run_in_threadpool(outbox.take_due, self._db, self._clock())
-        async with asyncio.TaskGroup() as calls:
-            for delivery in due:
-                calls.create_task(self._deliver(client, delivery))
+        outcomes = await asyncio.gather(*(self._deliver(client, one) for one in due), return_exceptions=True)
+        for delivery, broke in zip(due, outcomes, strict=True):
+            if isinstance(broke, Exception):  # one that cannot be told must not keep the others from being told
+                log.error("webhook %s cannot be sent now; it is tried again\n%s", delivery.id, logs.where(broke))
 
     async def _deliver(self, client: httpx.AsyncClient, delivery: Delivery) -> None:
         outcome = await self._call(client, delivery)
@@ -105,7 +107,7 @@ class Webhooks:
                 client.stream("POST", delivery.url, content=delivery.body, headers=headers) as answer,
             ):
                 status = answer.status_code
-        except (httpx.HTTPError, TimeoutError, OSError) as error:
+        except (httpx.HTTPError, ValueError, TimeoutError, OSError) as error:
             return Outcome(f"no answer ({type(error).__name__})")
         return Outcome(f"answered {status}", status, final=status == _GONE)
 

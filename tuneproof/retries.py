@@ -29,11 +29,13 @@ class Attempts:
     def __init__(self, url: str, seconds: float, *, met: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._url, self._seconds, self._met, self._clock = url, seconds, met, clock
         self._failures = 0
+        self._heard = False
         self._first_failure: float | None = None
 
     @property
-    def repeated(self) -> bool:
-        return self._failures > 0
+    def maybe_heard(self) -> bool:
+        """Whether an earlier attempt may have done its work, though its answer was lost."""
+        return self._heard
 
     def pause(self, error: httpx.RequestError | TuneproofError) -> float:
         """Seconds to wait before the next attempt, never fewer than the server asked for.
@@ -49,7 +51,9 @@ class Attempts:
         # Jitter: many clients that lost one server shall not come back in step.
         wait = random.uniform(0.5, 1.0) * backoff if asked is None else asked * random.uniform(1.0, 1.1)
         self._failures += 1
-        met = self._met or isinstance(error, TuneproofError)
+        reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        self._heard = self._heard or (reached and problem.status in (None, 502, 504))
+        met = self._met or reached
         give_up_at = self._first_failure + (self._seconds if met else min(self._seconds, FIRST_CONTACT_SECONDS))
         if not _passing(error, problem) or now + wait > give_up_at:
             raise problem from (None if problem is error else error)

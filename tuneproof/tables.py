@@ -59,9 +59,23 @@ def _is_frame(source: str | PathLike[str] | BinaryIO | pd.DataFrame) -> TypeIs[p
 
 
 def csv_of(frame: pd.DataFrame) -> bytes:
-    """Every text in quotes, column names as strings, no index; what is missing is empty."""
-    named = frame.set_axis([str(column) for column in frame.columns], axis=1)
-    return named.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode("utf-8")
+    """Every text in quotes, column names as strings, no index; what is missing is empty.
+
+    Raises:
+        ValueError: it is a Series, or holds text that UTF-8 cannot.
+    """
+    if not hasattr(frame, "columns"):
+        raise ValueError("Expected a DataFrame with a column of texts and one of labels, found a Series.")
+    # A missing label makes pandas keep 1 and 2 as 1.0 and 2.0.
+    whole = frame.convert_dtypes(infer_objects=False, convert_string=False, convert_boolean=False)
+    named = whole.set_axis([str(column) for column in frame.columns], axis=1)
+    try:
+        return named.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "A text or label holds half of a surrogate pair (U+D800 to U+DFFF), which UTF-8 cannot; take those "
+            "out, for example with frame['text'].str.encode('utf-8', 'ignore').str.decode('utf-8')."
+        ) from error
 
 
 def form_fields(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

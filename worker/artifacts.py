@@ -17,6 +17,9 @@ from worker.predictions import NO_ANSWER, Predictions
 FLIP_COLUMNS = ("candidate", "baseline", "row_id", "text", "label", "candidate_answer", "baseline_answer", "flip")
 
 
+READABLE_LABELS = 100
+
+
 def write_split(path: Path, table: Table, split: Split) -> None:
     """`row_id,split` for every usable row and every dropped one, by row id."""
     named: list[tuple[int, str]] = [(int(table.row_ids[i]), part) for part in PARTS for i in split.part(part)]
@@ -91,7 +94,9 @@ def _csv_writer(file: TextIO) -> Callable[[Sequence[str]], object]:
 
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    # A number a line is for reading; the matrices of a thousand labels would be 100 MB so, and 25 without.
+    indent = 1 if len(body.get("labels", ())) <= READABLE_LABELS else None
+    path.write_text(json.dumps(body, indent=indent, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _method_columns(

@@ -6,6 +6,7 @@ Shown is what a report would call a win: the same function decides both.
 
 import contextlib
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from service.api.evidence import records
 from service.api.jobs import artifact_of
 from service.api.predict import scored, served_model
 from service.api.schemas import GateOut, GateSkippedOut
-from service.core.errors import BaseNotServed, ModelDamaged, NotFound
+from service.core.errors import BaseNotServed, Conflict, ModelDamaged, NotFound
 from service.db import jobs
 from service.db.models import Dataset, Model
 from service.ml.dataset import TableFormat, fold, read_rows
@@ -29,6 +30,10 @@ LEAST_TEXTS = 20
 MOST_ASKED = 2_000
 TEXTS_A_CALL = 64
 """Few, so that a large base on a CPU answers in time and other callers' texts come in between."""
+
+
+Gone = Callable[[], Awaitable[bool]]
+"""Whether the caller has left: the engine's time is then somebody else's."""
 
 
 class _CannotTell(Exception):
@@ -82,12 +87,17 @@ class FairRows:
     notes: list[str]
 
 
-async def check(ctx: Context, candidate: Model, incumbent: Model) -> GateOut | GateSkippedOut:
-    """Compares the two. Raises what the engine raises while it cannot answer yet; waiting helps with all of that."""
+async def check(ctx: Context, candidate: Model, incumbent: Model, gone: Gone) -> GateOut | GateSkippedOut:
+    """Compares the two.
+
+    Raises:
+        Conflict: the caller is gone.
+        AppError: what the engine raises while it cannot answer yet; waiting helps with all of that.
+    """
     try:
         fair = await run_in_threadpool(_fair_rows, ctx, candidate, incumbent)
         if fair.incumbent_answers is None:
-            fair = replace(fair, incumbent_answers=await _asked(ctx, incumbent, [row.text for row in fair.rows]))
+            fair = replace(fair, incumbent_answers=await _asked(ctx, incumbent, fair, gone))
     except _CannotTell as reason:
         return GateSkippedOut(note=f"Not checked: {reason}")
     return await run_in_threadpool(_judged, fair)
@@ -208,11 +218,13 @@ def _askable(rows: list[Tested], max_chars: int, seed: int) -> tuple[list[Tested
     return [short[i] for i in drawn], [*notes, f"{MOST_ASKED:,} of {len(short):,} rows were drawn by seed {seed}."]
 
 
-async def _asked(ctx: Context, model: Model, texts: list[str]) -> list[str]:
+async def _asked(ctx: Context, model: Model, fair: FairRows, gone: Gone) -> list[str]:
     """The model's answers as `/predict` gives them. Raises _CannotTell where it will never answer here."""
-    served, answers = served_model(model), list[str]()
+    served, answers, texts = served_model(model), list[str](), [row.text for row in fair.rows]
     try:
         for start in range(0, len(texts), TEXTS_A_CALL):
+            if await gone():
+                raise Conflict("The caller left before the two were compared.")
             scores = await scored(ctx, served, model.labels, texts[start : start + TEXTS_A_CALL])
             answers += [model.labels[int(np.argmax(row))] for row in scores.probabilities]
     except (BaseNotServed, ModelDamaged) as error:
@@ -232,8 +244,9 @@ def _judged(fair: FairRows) -> GateOut:
     raw = compare(
         "candidate", "incumbent", "test", true_ids, ids, other_ids, len(names), fair.seed, text_ids=text_ids
     )  # fmt: skip
-    sides = {"candidate": ids, "incumbent": other_ids}
-    unproven = {side for side, given in sides.items() if not beats(true_ids, given, None, text_ids)}
+    # No praise for a candidate that learned nothing; but one that is worse is refused whatever it would replace: where
+    # one label is nearly all, a good incumbent may not be shown to beat the constant answer either.
+    unproven = set() if beats(true_ids, ids, None, text_ids) else {"candidate"}
     [pair] = withhold(holm([raw]), unproven)
     notes = list(fair.notes)
     if raw.winner in unproven:

@@ -70,8 +70,8 @@ def _secret(idempotency_key: str | None, token: str) -> str:
     """The secret of a key, from the random token it was made under and the Idempotency-Key it was asked for with.
 
     So the answer can be given again although the secret is nowhere kept: the database has the token, and of the
-    Idempotency-Key only a hash; whoever sends that key again, and nobody else, has both. Without one, the token is not
-    kept either.
+    Idempotency-Key only a hash, for 24 h. Who reads the database and guesses the Idempotency-Key has both, so it is to
+    be random. Without one, the token is not kept either.
     """
     digest = hmac.digest((idempotency_key or "").encode(), token.encode(), "sha256")
     return f"tp_{base64.urlsafe_b64encode(digest).decode().rstrip('=')}"

@@ -2,8 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import AfterValidator
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm.exc import StaleDataError
 from starlette.concurrency import run_in_threadpool
 
 from service.api import gate
@@ -61,17 +63,20 @@ def get_alias_history(ctx: Ctx, alias: AliasName) -> Page[AliasMoveOut]:
 
 @router.get("/aliases/{alias}/gate", response_model=GateOut | GateSkippedOut | None)
 async def look_at_gate(
-    ctx: Ctx, alias: AliasName, model_id: Annotated[str, Query(max_length=64, description="The candidate.")]
+    request: Request,
+    ctx: Ctx,
+    alias: AliasName,
+    model_id: Annotated[str, Query(max_length=64, description="The candidate.")],
 ) -> GateOut | GateSkippedOut | None:
     """What the gate would say if the alias were pointed to that model now; nothing is moved."""
     candidate, incumbent = await run_in_threadpool(_sides, ctx, alias, model_id)
-    return await _gate(ctx, candidate, incumbent)
+    return await _gate(ctx, candidate, incumbent, request.is_disconnected)
 
 
 @router.put("/aliases/{alias}", response_model=AliasMovedOut, openapi_extra={"requestBody": {"content": {
     "application/json": {"schema": {"$ref": "#/components/schemas/AliasIn"}}}, "required": True}})  # fmt: skip
 async def put_alias(
-    ctx: Ctx, alias: AliasName, body: Annotated[AliasIn, Depends(json_body(AliasIn, 1 << 16))]
+    request: Request, ctx: Ctx, alias: AliasName, body: Annotated[AliasIn, Depends(json_body(AliasIn, 1 << 16))]
 ) -> AliasMovedOut:
     """Point an alias to a model; every later call of `/predict` sees the new one.
 
@@ -79,9 +84,11 @@ async def put_alias(
     """
     for _ in range(ATTEMPTS):
         candidate, incumbent = await run_in_threadpool(_sides, ctx, alias, body.model_id)
-        found = await _gate(ctx, candidate, incumbent, force=body.force)
+        found = await _gate(ctx, candidate, incumbent, request.is_disconnected, force=body.force)
         if isinstance(found, GateOut) and found.verdict == "incumbent_wins" and incumbent is not None:
             raise PromotionRefused(gate.refusal(found, alias, candidate.id, incumbent.id))
+        if await request.is_disconnected():
+            raise Conflict("The caller left before the alias was moved; it stays.")
         moved = await run_in_threadpool(_move, ctx, alias, candidate, incumbent, body.force)
         if moved is not None:
             return moved.model_copy(update={"gate": found})
@@ -104,17 +111,24 @@ def _sides(ctx: Context, alias: str, model_id: str) -> tuple[Model, Model | None
 
 
 async def _gate(
-    ctx: Context, candidate: Model, incumbent: Model | None, *, force: bool = False
+    ctx: Context, candidate: Model, incumbent: Model | None, gone: gate.Gone, *, force: bool = False
 ) -> GateOut | GateSkippedOut | None:
     if incumbent is None or incumbent.id == candidate.id:
         return None
     if force:
         return GateSkippedOut(note=f"Forced: {candidate.id} was not compared with {incumbent.id}, which it replaces.")
-    return await gate.check(ctx, candidate, incumbent)
+    return await gate.check(ctx, candidate, incumbent, gone)
 
 
 def _move(ctx: Context, alias: str, candidate: Model, incumbent: Model | None, force: bool) -> AliasMovedOut | None:
     """Moves the alias; None where it no longer points to the model that the candidate was checked against."""
+    try:
+        return _pointed(ctx, alias, candidate, incumbent, force)
+    except (IntegrityError, StaleDataError):  # another one made or deleted the alias in this moment
+        return None
+
+
+def _pointed(ctx: Context, alias: str, candidate: Model, incumbent: Model | None, force: bool) -> AliasMovedOut | None:
     with ctx.db.write() as session:
         if not force and catalog.pointed_to(session, alias, lock=True) != (incumbent.id if incumbent else None):
             return None

@@ -32,7 +32,8 @@ async def open_session(
     response = Response(status_code=204)
     response.set_cookie(
         SESSION_COOKIE, token, max_age=int(sessions.LASTS.total_seconds()), httponly=True, samesite="strict",
-        secure=request.scope["scheme"] == "https",
+        # Behind a proxy that this process does not trust the scheme is http; the browser knows better.
+        secure=request.scope["scheme"] == "https" or request.headers.get("origin", "").startswith("https://"),
     )  # fmt: skip
     return response
 

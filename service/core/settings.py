@@ -120,6 +120,11 @@ class Settings(BaseSettings):
         return parse_origins(self.webhook_hosts)
 
     @property
+    def bootstrap_secret(self) -> str:
+        """The first key that was given, or the empty string."""
+        return self.bootstrap_key.get_secret_value().strip() if self.bootstrap_key else ""
+
+    @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.absolute() / 'tuneproof.db'}"
 

@@ -53,7 +53,8 @@ def refuse_webhook(url: str, allowed: Sequence[Origin]) -> None:
     """
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL:
+        _ = parsed.host  # decoded at the call, and not every name that looks encoded can be
+    except (httpx.InvalidURL, ValueError):
         raise _refused("webhook_url is no address. Expected one such as https://hooks.example.com/path.") from None
     if parsed.userinfo:
         raise _refused("webhook_url holds a user or a password. Leave them out; calls are signed instead.")

@@ -4,6 +4,7 @@ A claim is a lease. Everything a worker writes filters on job, attempt and token
 nothing: it gets `LeaseLost`.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -249,11 +250,14 @@ def reap(db: Database, now: datetime, max_attempts: int, grace: timedelta) -> in
     with db.read() as session:
         if session.scalars(expired.limit(1)).first() is None:
             return 0
-    with db.write() as session:
-        jobs = session.scalars(expired.with_for_update(skip_locked=True)).all()
-        for job in jobs:
+    # One transaction each: two that end several jobs would take their rows, and the tallies', in different orders.
+    for taken in itertools.count():
+        with db.write() as session:
+            job = session.scalars(expired.limit(1).with_for_update(skip_locked=True)).first()
+            if job is None:
+                return taken
             _lose(session, job, "its worker was lost (no sign of life within the lease)", max_attempts, now, grace)
-        return len(jobs)
+    raise AssertionError("counted to the end")
 
 
 def cancel(session: Session, job_id: str, now: datetime) -> Job:

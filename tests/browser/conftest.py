@@ -18,7 +18,8 @@ from playwright.sync_api import Browser, sync_playwright
 from tests.waiting import until
 
 
-@pytest.fixture(scope="session")
+# Not for the whole session: its event loop is the thread's, and other tests have their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     path = shutil.which("chromium")
     if path is None:

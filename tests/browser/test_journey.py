@@ -112,13 +112,9 @@ def test_from_a_key_and_a_file_to_a_verdict_a_model_in_place_and_its_answers(url
     inspect("model")
 
     page.get_by_role("navigation").get_by_role("link", name="Datasets").click()
-    expect(
-        page.get_by_role("cell", name=re.compile("support_tickets"))
-        .or_(page.get_by_role("rowheader", name=re.compile("support_tickets")))
-        .first
-    ).to_be_visible()
+    expect(page.locator("main").get_by_role("link", name="support_tickets", exact=True)).to_be_visible()
     inspect("datasets")
-    page.get_by_role("link", name="support_tickets").first.click()
+    page.locator("main").get_by_role("link", name="support_tickets", exact=True).click()
     expect(page.get_by_role("region", name="First rows")).to_be_visible()
     inspect("dataset")
     page.get_by_role("navigation").get_by_role("link", name="Jobs").click()

@@ -1,6 +1,7 @@
 """Who may do what: every route with every kind of key, and nobody but loopback where there is none."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -275,6 +276,8 @@ def test_keys_are_made_listed_and_revoked_and_shown_once(
     listed = capsys.readouterr().out
     assert secret not in listed
     assert all(word in listed for word in (key_id, "predict", "app", "expires"))
+    assert main(["keys", "list", "--json"]) == 0
+    assert [(key["id"], key["name"]) for key in json.loads(capsys.readouterr().out)] == [(key_id, "app")]
     assert main(["keys", "revoke", key_id]) == 0
     assert main(["keys", "list"]) == 0
     assert "revoked" in capsys.readouterr().out

@@ -270,15 +270,29 @@ def test_another_method_of_the_same_job_is_held_to_its_own_answers(world: World)
     world.refused(candidate)
 
 
-def test_silence_counts_as_wrong_and_no_win_goes_to_what_does_not_beat_a_constant_answer(world: World) -> None:
+def test_silence_counts_as_wrong_and_no_win_goes_to_a_candidate_that_does_not_beat_a_constant_answer(
+    world: World,
+) -> None:
     dataset_id = world.upload(list(TRUTH.items()))
     constant = world.train(dataset_id, lambda text: LABELS[0])
     silent = world.train(dataset_id, lambda text: "")
-    world.promote(constant)
-    found = world.promote(silent)
-    assert (found["candidate_accuracy"], found["verdict"]) == (0.0, "inconclusive")
+    world.promote(silent)
+    found = world.promote(constant)
+    assert (found["incumbent_accuracy"], found["verdict"]) == (0.0, "inconclusive")
     assert found["mcnemar_p"] < 1e-9
     assert "most common label" in found["note"]
+
+
+def test_where_one_label_is_nearly_all_what_is_worse_is_refused_though_the_incumbent_proves_little(
+    world: World,
+) -> None:
+    truth = {f"text {i}": "no" if i % 20 else "yes" for i in range(3000)}
+    dataset_id = world.upload(list(truth.items()))
+    incumbent = world.train(dataset_id, lambda text: "no")  # never better than the constant answer: it is that
+    coin = world.train(dataset_id, lambda text: ("no", "yes")[int(text.split()[1]) % 2])
+    world.promote(incumbent)
+    assert world.dry_run(coin)["verdict"] == "incumbent_wins"
+    world.refused(coin)
 
 
 def test_repeated_texts_are_no_further_evidence(world: World) -> None:

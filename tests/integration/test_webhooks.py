@@ -252,6 +252,31 @@ def test_one_that_hangs_does_not_keep_the_others_waiting(post: Post, monkeypatch
     assert len(post.waiting()) == 3
 
 
+def test_one_that_cannot_be_called_or_written_down_does_not_keep_the_others_from_being_told(
+    post: Post, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_ids = [post.cancelled() for _ in range(3)]
+    calls = {delivery.job_id: delivery.id for delivery in post.waiting()}
+    stream, settle = httpx.AsyncClient.stream, outbox.settle
+
+    def strange(client: httpx.AsyncClient, *given: Any, **named: Any) -> Any:
+        if named["headers"]["webhook-id"] == calls[job_ids[0]]:
+            raise UnicodeError("a name that cannot be decoded")
+        return stream(client, *given, **named)
+
+    def away(session: Any, delivery: Delivery, due_at: Any) -> bool:
+        if delivery.job_id == job_ids[1]:
+            raise OSError("the database is away")
+        return settle(session, delivery, due_at)
+
+    monkeypatch.setattr(httpx.AsyncClient, "stream", strange)
+    monkeypatch.setattr(outbox, "settle", away)
+    post.round()
+    assert "no answer (UnicodeError)" in post.told(job_ids[0])[-1][1]
+    assert post.told(job_ids[1]) == []
+    assert post.told(job_ids[2])[-1][0] == "info"
+
+
 def test_a_host_that_was_taken_off_the_list_is_not_called(post: Post) -> None:
     job_id = post.cancelled()
     post.round(settings=Settings())

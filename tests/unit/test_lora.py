@@ -195,6 +195,15 @@ def test_the_loss_is_told_as_it_falls_and_its_mean_over_an_epoch_is_the_epochs(t
     assert steps[-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
 
 
+def test_a_loss_that_diverged_is_told_as_none(tiny_models, tmp_path):
+    events = []
+    lora = Lora(
+        frozen(tiny_models, DISTILBERT), recipe(), tmp_path, lambda _path: None, lambda *told: events.append(told)
+    )
+    lora._tell_loss(0.5, float("nan"), 1e-3)
+    assert events[-1][2] == {"epoch": 0.5, "train_loss": None, "learning_rate": 1e-3}
+
+
 def test_the_best_epoch_is_the_one_with_the_highest_macro_f1_and_then_the_lowest_loss(tiny_models, tmp_path):
     trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=4)
     order = [(epoch["validation_macro_f1"], -epoch["validation_loss"]) for epoch in trained.state.history]

@@ -24,6 +24,7 @@ from tuneproof.commands import server
             ["service", "keys", "create", "--name", "ci", "--scope", "write", "--expires-days", "9"],
         ),
         (["keys", "list"], ["service", "keys", "list"]),
+        (["keys", "list", "--json"], ["service", "keys", "list", "--json"]),
         (["keys", "revoke", "key_1"], ["service", "keys", "revoke", "key_1"]),
         (["models", "pull", "f2llm-0.6b"], ["service", "pull", "f2llm-0.6b"]),
         (["models", "pull"], ["service", "pull", "qwen3-0.6b"]),

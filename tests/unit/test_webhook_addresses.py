@@ -34,6 +34,7 @@ def test_what_the_operator_listed_may_be_called(url: str) -> None:
     "url",
     [
         "http://hooks.example.com/",  # listed for https
+        "https://xn--a.example.org/",  # looks encoded, and cannot be decoded
         "http://hooks.example.com:443/",
         "https://hooks.example.com:8443/",
         "https://hooks.example.com./",

@@ -99,7 +99,8 @@ class AsyncJobs:
         Args:
             job_id: Of the job.
             on_progress: Called with the job now, at each change, and at least every second.
-            timeout_seconds: How long to wait; None is as long as it takes.
+            timeout_seconds: How long to wait, and how long a server that is away is asked again; None is as long as
+                it takes. An answer that is under way is waited for.
             raise_on_failure: Whether a job that failed or was cancelled is an error.
 
         Raises:
@@ -108,7 +109,7 @@ class AsyncJobs:
         """
         end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         longest = _POLL_SECONDS if on_progress is None else 1.0
-        job = await self.get(job_id)
+        job = await self._transport.get(Job, at("jobs", job_id), retry_seconds=timeout_seconds)
         while True:
             if on_progress is not None:
                 on_progress(job)
@@ -118,7 +119,7 @@ class AsyncJobs:
             if left <= 0:
                 detail = f"The job {job_id} is {job.status} after {timeout_seconds:g} s; it goes on."
                 raise WaitTimeout(None, "wait_timeout", detail)
-            job = await self._poll(job_id, min(left, longest))
+            job = await self._poll(job_id, min(left, longest), None if end is None else left)
         if raise_on_failure and job.status != "succeeded":
             raise JobFailed(job)
         return job
@@ -174,9 +175,9 @@ class AsyncJobs:
         response = await self._transport.send("POST", at("jobs", job_id, what), done=409)
         return self._transport.parsed(Job, response) if response.is_success else await self.get(job_id)
 
-    async def _poll(self, job_id: str, seconds: float) -> Job:
+    async def _poll(self, job_id: str, seconds: float, retry_seconds: float | None = None) -> Job:
         path, params = at("jobs", job_id, "wait"), {"timeout_seconds": seconds}
-        return await self._transport.get(Job, path, params=params, wait_seconds=seconds)
+        return await self._transport.get(Job, path, params=params, wait_seconds=seconds, retry_seconds=retry_seconds)
 
     def _artifact(self, job_id: str, name: str) -> str:
         return at("jobs", job_id, "artifacts", *name.split("/"))

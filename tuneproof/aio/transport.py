@@ -81,7 +81,7 @@ class AsyncTransport:
             try:
                 response = await self.http.request(method, path, timeout=timeout, **options)
                 self._answered = True
-                if response.is_success or (attempts.repeated and response.status_code == done):
+                if response.is_success or (attempts.maybe_heard and response.status_code == done):
                     return response
                 raise refusal(response)
             except (httpx.RequestError, TuneproofError) as error:

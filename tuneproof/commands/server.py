@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tuneproof.commands.options import FAILED, ApiKey
+from tuneproof.commands.options import FAILED, ApiKey, AsJson
 from tuneproof.commands.show import err
 from tuneproof.processes import become, require_server, run_together, server_command
 
@@ -55,9 +55,9 @@ def migrate() -> None:
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Check this machine and the settings, and say what to do; changes nothing."""
-    become("service", "doctor", *(["--json"] if as_json else []))
+    become("service", "doctor", *_json(as_json))
 
 
 @keys.command("create")
@@ -65,16 +65,17 @@ def create_key(
     name: Annotated[str, typer.Option(help="Whose key it is.")],
     scope: Annotated[str, typer.Option(help="predict, read, write or admin; each includes those before it.")],
     expires_days: Annotated[int | None, typer.Option(help="Days until it ends; never by default.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key and print it, once."""
     expires = [] if expires_days is None else ["--expires-days", str(expires_days)]
-    become("service", "keys", "create", "--name", name, "--scope", scope, *expires)
+    become("service", "keys", "create", "--name", name, "--scope", scope, *expires, *_json(as_json))
 
 
 @keys.command("list")
-def list_keys() -> None:
+def list_keys(as_json: AsJson = False) -> None:
     """List the keys, without their secrets."""
-    become("service", "keys", "list")
+    become("service", "keys", "list", *_json(as_json))
 
 
 @keys.command("revoke")
@@ -109,3 +110,7 @@ def demo(
 
 def _listen(host: str | None, port: int | None) -> Sequence[str]:
     return [*([] if host is None else ["--host", host]), *([] if port is None else ["--port", str(port)])]
+
+
+def _json(asked: bool) -> Sequence[str]:
+    return ["--json"] if asked else []

@@ -6,7 +6,7 @@ Juditsky 1992 for averaging the weights.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,14 +207,19 @@ class Lora:
             state.best_epoch, state.best_macro_f1, state.best_loss = state.epoch, macro_f1, loss
             run.best = {name: tensor.clone() for name, tensor in run.average.items()}
         name = f"epoch {state.epoch}" if state.epoch else "before the first step"
-        self.on_event("metric", f"{name}: validation macro-F1 {macro_f1:.4f}", dict(state.history[-1]))
+        self.on_event("metric", f"{name}: validation macro-F1 {macro_f1:.4f}", _finite(state.history[-1]))
 
     def _tell_loss(self, epoch: float, loss: float, learning_rate: float) -> None:
         data = {"epoch": epoch, "train_loss": loss, "learning_rate": learning_rate}
-        self.on_event("metric", f"epoch {epoch:.2f}: training loss {loss:.4f}", data)
+        self.on_event("metric", f"epoch {epoch:.2f}: training loss {loss:.4f}", _finite(data))
 
     def _out_of_patience(self, state: TrainingState) -> bool:
         return 0 < self.recipe.patience <= state.epoch - state.best_epoch
+
+
+def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """None for what is no number any more, as a loss that diverged: JSON has no word for it."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 class _Run:

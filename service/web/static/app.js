@@ -1,16 +1,25 @@
 // The frame: who is here, which page, the menu. Pages are modules of `views/`, loaded when opened.
 import { render } from "./vendor/preact.js";
 import { call, get } from "./api.js";
-import { html, Loading, Trouble, useEffect, useLoad, useRef, useState } from "./ui.js";
+import { may } from "./scopes.js";
+import { html, Loading, Trouble, useAction, useEffect, useLoad, useRef, useState } from "./ui.js";
 import { SignIn } from "./views/sign-in.js";
 
 const VIEWS = { new: "start", jobs: "jobs", job: "job", datasets: "datasets", dataset: "dataset", models: "models", model: "model", keys: "keys" };
 const MENU = [["new", "New"], ["jobs", "Jobs"], ["datasets", "Datasets"], ["models", "Models"], ["keys", "Keys"]];
 const IN_MENU = { job: "jobs", dataset: "datasets", model: "models" };
 
+function readable(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part; // typed by hand: not an address of ours
+  }
+}
+
 /** `#/job/job_1` -> `{ name: "job", id: "job_1" }`; the empty hash is the start page. */
 function here() {
-  const [name = "", id = ""] = location.hash.replace(/^#\/?/, "").split("/").map(decodeURIComponent);
+  const [name = "", id = ""] = location.hash.replace(/^#\/?/, "").split("/").map(readable);
   return { name: name || "new", id };
 }
 
@@ -27,20 +36,22 @@ function useHere() {
 function App() {
   const place = useHere();
   const session = useLoad(() => get("/session"));
-  const [signedOut, setSignedOut] = useState(false);
+  const [out, setOut] = useState(null); // "left" by the button, or "ended" by the service
   useEffect(() => {
-    const left = () => setSignedOut(true);
-    addEventListener("signed-out", left);
-    return () => removeEventListener("signed-out", left);
+    const ended = () => setOut("ended");
+    addEventListener("signed-out", ended);
+    return () => removeEventListener("signed-out", ended);
   }, []);
   const back = () => {
-    setSignedOut(false);
+    setOut(null);
     session.reload();
   };
-  if (session.error?.status === 401 || signedOut) return html`<${Frame} place=${place}><${SignIn} onDone=${back} /><//>`;
-  if (session.error) return html`<${Frame} place=${place}><h1>tuneproof</h1><${Trouble} error=${session.error} /><button type="button" onClick=${session.reload}>Try again</button><//>`;
+  const view = session.data && html`<${View} key=${`${place.name}/${place.id}`} ...${place} session=${session.data} onKeysChanged=${session.reload} />`;
+  // A session that ends by itself takes nothing from the page: a dropped file, or a key that is shown this once.
+  if (out || session.error?.status === 401) return html`<${Frame} place=${place}><${SignIn} key="sign-in" onDone=${back} />${out !== "left" && view}<//>`;
+  if (session.error && !session.data) return html`<${Frame} place=${place}><h1>tuneproof</h1><${Trouble} error=${session.error} /><button type="button" onClick=${session.reload}>Try again</button><//>`;
   if (!session.data) return html`<${Loading} />`;
-  return html`<${Frame} place=${place} session=${session.data} onLeft=${() => setSignedOut(true)}><${View} key=${`${place.name}/${place.id}`} ...${place} session=${session.data} onKeysChanged=${session.reload} /><//>`;
+  return html`<${Frame} place=${place} session=${session.data} onLeft=${() => setOut("left")}>${null}${view}<//>`;
 }
 
 function Frame({ place, session, onLeft, children }) {
@@ -51,19 +62,20 @@ function Frame({ place, session, onLeft, children }) {
     first.current = false;
     scrollTo(0, 0);
   }, [place.name, place.id]);
-  const leave = async () => {
+  const [leave, leaving, stayed] = useAction(async () => {
     await call("DELETE", "/session");
     onLeft();
-  };
+  });
   const current = IN_MENU[place.name] || place.name;
-  const menu = MENU.filter(([name]) => name !== "keys" || session?.scope === "admin");
+  const menu = MENU.filter(([name]) => may(session, name === "keys" ? "admin" : "read"));
   return html`
     <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current.focus(); }}>Skip to the page</a>
     <header class="top">
       <a class="brand" href="#/"><img src="icon.svg" alt="" width="24" height="24" /> tuneproof</a>
       ${session && html`<nav aria-label="Pages">${menu.map(([name, text]) => html`<a href=${`#/${name}`} aria-current=${current === name ? "page" : null}>${text}</a>`)}</nav>`}
-      ${session?.key && html`<div class="who"><span class="soft"><bdi>${session.key.name}</bdi> (${session.scope})</span><button type="button" class="quiet" onClick=${leave}>Sign out</button></div>`}
+      ${session?.key && html`<div class="who"><span class="soft"><bdi>${session.key.name}</bdi> (${session.scope})</span><button type="button" class="quiet" disabled=${leaving} onClick=${leave}>Sign out</button></div>`}
     </header>
+    ${stayed && html`<div class="top"><${Trouble} error=${stayed} /></div>`}
     <main id="main" ref=${main} tabindex="-1">${children}</main>
     <footer><a href="../docs">HTTP API</a></footer>`;
 }

@@ -160,14 +160,14 @@ export function useConfirm() {
   useEffect(() => {
     if (asked && !dialog.current.open) dialog.current.showModal();
   }, [asked]);
-  const close = () => setAsked(null);
+  const close = () => dialog.current?.close(); // which gives the focus back to what opened it
   const [act, busy, error] = useAction(async () => {
     await asked.action();
     close();
   });
   const element =
     asked &&
-    html`<dialog ref=${dialog} onClose=${close} aria-labelledby="asked">
+    html`<dialog ref=${dialog} onClose=${() => setAsked(null)} aria-labelledby="asked">
       <h2 id="asked">${asked.question}</h2>
       ${asked.detail && html`<p>${asked.detail}</p>`}
       <${Trouble} error=${error} />

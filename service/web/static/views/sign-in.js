@@ -11,7 +11,7 @@ export function SignIn({ onDone }) {
   return html`<h1>Sign in</h1>
     <p class="soft">With a key of this service. Whoever runs it makes one with <code>tuneproof keys create</code>.</p>
     <form class="narrow" onSubmit=${(event) => { event.preventDefault(); send(); }}>
-      <input class="hidden" type="text" name="username" autocomplete="username" value="tuneproof" readonly tabindex="-1" aria-hidden="true" />
+      <input hidden type="text" name="username" autocomplete="username" value="tuneproof" readonly />
       <${Field} label="Key"><input type="password" name="key" autocomplete="current-password" required spellcheck="false" value=${key} onInput=${(event) => setKey(event.target.value)} /><//>
       <${Trouble} error=${error} />
       <button type="submit" class="primary" disabled=${busy}>Sign in</button>

@@ -35,6 +35,10 @@ export default function Start({ session }) {
     }
   });
 
+  if (!may(session, "read")) {
+    return html`<h1>This key is for predictions</h1>
+      <p>It may call <code>POST /predict</code> and nothing else. To see or start comparisons, sign in with a key of scope <code>read</code> or <code>write</code>.</p>`;
+  }
   if (!may(session, "write")) {
     return html`<h1>Start a comparison</h1>
       <p>Your key may look, but not change anything. To upload a file, sign in with a key of scope <code>write</code>.</p>

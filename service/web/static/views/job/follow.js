@@ -88,8 +88,13 @@ export function useJob(id) {
       else setError(reason);
     };
 
+    let looks = 0;
+    let newest = 0;
     const look = async () => {
+      const number = ++looks;
       const now = await get(`/jobs/${id}`, {}, signal);
+      if (number < newest) return now; // one asked later has answered: this one is older than what is shown
+      newest = number;
       setJob(now);
       if (!now.terminal) return now;
       stop();
