@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-BUDGET = 12_000
+BUDGET = 12_200
 """Lines of code: docstrings say what a caller must know, and are not what a budget should make dearer (decision 12)."""
 SCRIPTS_BUDGET = 2_200
 """Of the web pages, another language with its own reader."""

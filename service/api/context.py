@@ -114,11 +114,6 @@ async def authorize(request: Request, ctx: Ctx) -> None:
         raise Forbidden(f"This call needs a key of scope '{needed}'; this one has '{caller.scope}'.")
 
 
-def scope_of_caller(request: Request, ctx: Context) -> str:
-    """The scope of the call's key. Raises as `caller_of`."""
-    return caller_of(request, ctx).scope
-
-
 def caller_of(request: Request, ctx: Context) -> Caller:
     """By the `Authorization` header, else the session's cookie, else loopback while no key was ever created.
 

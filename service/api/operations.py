@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from service.api.context import Context, Ctx, scope_of_caller
+from service.api.context import Context, Ctx, caller_of
 from service.api.meters import WORKER_SILENT, Meters
 from service.api.schemas import HealthOut, ReadyOut
 from service.core.errors import LowDisk, Unauthorized
@@ -41,7 +41,7 @@ async def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
     try:
-        await run_in_threadpool(scope_of_caller, request, ctx)
+        await run_in_threadpool(caller_of, request, ctx)
     except Unauthorized:
         checks = {}
     except SQLAlchemyError as error:  # whose key it is cannot be looked up: the log is told instead

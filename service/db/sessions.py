@@ -4,7 +4,7 @@ import hashlib
 import secrets
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete
 from sqlalchemy.orm import Session
 
 from service.db.catalog import is_live
@@ -26,7 +26,7 @@ def key_of(session: Session, token: str, now: datetime) -> ApiKey | None:
     found = session.get(BrowserSession, _hash(token))
     if found is None or found.expires_at <= now:
         return None
-    key = session.scalars(select(ApiKey).where(ApiKey.id == found.key_id)).one()
+    key = session.get_one(ApiKey, found.key_id)
     return key if is_live(key, now) else None
 
 
