@@ -188,9 +188,8 @@ def test_an_interrupted_watch_says_how_to_go_on(running: Running, client: Client
 
 @pytest.mark.more
 def test_bash_completes_commands_and_what_the_server_knows(running: Running) -> None:
-    # The name must be one that bash finds, as it does once the package is installed.
     script = f"""
-        tuneproof() {{ {sys.executable} -c 'from tuneproof.cli import app; app(prog_name="tuneproof")' "$@"; }}
+        PATH={Path(sys.executable).parent}:$PATH  # where the package's own command is, which completion calls by name
         eval "$(_TUNEPROOF_COMPLETE=source_bash tuneproof)"
         complete -p tuneproof
         for line in "tuneproof ca" "tuneproof watch job"; do
