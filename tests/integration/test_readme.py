@@ -94,8 +94,9 @@ class Reader:
     def leaves_running(self, text: str) -> None:
         with (self.folder.parent / "running.log").open("wb") as log:
             process = subprocess.Popen(
-                ["bash", "-c", f"exec {text}"], cwd=self.folder, env=self.environment, stdout=log, stderr=log,
-                start_new_session=True,
+                # Tests started in the background ignore Ctrl-C, and what they start inherits that.
+                ["env", "--default-signal=INT", "bash", "-c", f"exec {text}"], cwd=self.folder, env=self.environment,
+                stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         self.left_running.append(process)
         until(lambda: process.poll() is not None or self.is_ready(), 120, f"{text.strip()} answers")
