@@ -4,8 +4,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.threaded_server import answering
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,9 @@ def hook_server() -> Iterator[HookServer]:
         def log_message(self, *_: Any) -> None:
             """Says nothing."""
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
-    server = HookServer(f"http://127.0.0.1:{listener.server_port}")
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stopping.set()
-        listener.shutdown()
-        thread.join()
-        listener.server_close()
+    with answering(Handler) as origin:
+        server = HookServer(origin)
+        try:
+            yield server
+        finally:
+            server.stopping.set()

@@ -31,14 +31,14 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{new_token()}"
         scope.setdefault("state", {})["request_id"] = request_id
         with logs.bound(request_id=request_id):
-            await self._answer(scope, receive, send, request_id)
+            await self._answer(scope, self._limited(headers.get(b"content-length", b"0"), receive), send, request_id)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        headers = dict(scope["headers"])
         status, start, streams = 0, time.perf_counter(), False
 
         async def send_with_id(message: Message) -> None:
@@ -50,7 +50,7 @@ class Envelope:
             await send(message)
 
         try:
-            await self.app(scope, self._limited(headers.get(b"content-length", b"0"), receive), send_with_id)
+            await self.app(scope, receive, send_with_id)
         except Exception as error:
             log.error("request %s failed\n%s", request_id, logs.where(error))
             if status:

@@ -51,6 +51,7 @@ function App() {
   if (out || session.error?.status === 401) return html`<${Frame} place=${place}><${SignIn} key="sign-in" onDone=${back} />${out !== "left" && view}<//>`;
   if (session.error && !session.data) return html`<${Frame} place=${place}><h1>tuneproof</h1><${Trouble} error=${session.error} /><button type="button" onClick=${session.reload}>Try again</button><//>`;
   if (!session.data) return html`<${Loading} />`;
+  // `null` stands where the sign-in stands, so that the view keeps its place, and with it what was typed.
   return html`<${Frame} place=${place} session=${session.data} onLeft=${() => setOut("left")}>${null}${view}<//>`;
 }
 
