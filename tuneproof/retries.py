@@ -51,17 +51,23 @@ class Attempts:
         # Jitter: many clients that lost one server shall not come back in step.
         wait = random.uniform(0.5, 1.0) * backoff if asked is None else asked * random.uniform(1.0, 1.1)
         self._failures += 1
-        reached = not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+        reached = not isinstance(
+            error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError
+        )
+        self._met = self._met or reached
         self._heard = self._heard or (reached and problem.status in (None, 502, 504))
-        met = self._met or reached
-        give_up_at = self._first_failure + (self._seconds if met else min(self._seconds, FIRST_CONTACT_SECONDS))
-        if not _passing(error, problem) or now + wait > give_up_at:
+        give_up_at = self._first_failure + (self._seconds if self._met else min(self._seconds, FIRST_CONTACT_SECONDS))
+        if not _may_pass(error, problem) or now + wait > give_up_at:
             raise problem from (None if problem is error else error)
         return wait
 
 
-def _passing(error: Exception, problem: TuneproofError) -> bool:
-    """Whether it may go away by itself."""
+def passing(problem: TuneproofError) -> bool:
+    """Whether what a call ended with may go away by itself."""
+    return _may_pass(problem.__cause__ or problem, problem)
+
+
+def _may_pass(error: BaseException, problem: TuneproofError) -> bool:
     if isinstance(error, httpx.TransportError):
         lasting = isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError)
         return not (lasting or any(isinstance(cause, ssl.SSLError) for cause in _causes(error)))

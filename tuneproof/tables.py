@@ -66,9 +66,7 @@ def csv_of(frame: pd.DataFrame) -> bytes:
     """
     if not hasattr(frame, "columns"):
         raise ValueError("Expected a DataFrame with a column of texts and one of labels, found a Series.")
-    # A missing label makes pandas keep 1 and 2 as 1.0 and 2.0.
-    whole = frame.convert_dtypes(infer_objects=False, convert_string=False, convert_boolean=False)
-    named = whole.set_axis([str(column) for column in frame.columns], axis=1)
+    named = frame.apply(_whole).set_axis([str(column) for column in frame.columns], axis=1)
     try:
         return named.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -76,6 +74,15 @@ def csv_of(frame: pd.DataFrame) -> bytes:
             "A text or label holds half of a surrogate pair (U+D800 to U+DFFF), which UTF-8 cannot; take those "
             "out, for example with frame['text'].str.encode('utf-8', 'ignore').str.decode('utf-8')."
         ) from error
+
+
+def _whole(column: pd.Series[Any]) -> pd.Series[Any]:
+    """1 and 2 where a missing one made pandas keep them as 1.0 and 2.0."""
+    there = column.dropna()
+    if column.dtype.kind != "f" or not 0 < len(there) < len(column):
+        return column
+    whole = ((there % 1 == 0) & (there.abs() < 2**53)).all()  # beyond, a float holds no longer every whole number
+    return column.astype("Int64") if whole else column
 
 
 def form_fields(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import itertools
 import json
 import pickle
 import ssl
@@ -32,6 +33,7 @@ from tools import make_sync
 from tuneproof import Client, Job, JobFailed, TuneproofError, WaitTimeout
 from tuneproof.results import parse
 from tuneproof.retries import Attempts
+from tuneproof.tables import csv_of
 
 
 def sse(*events: dict[str, Any], breaks: bool = False) -> Any:
@@ -94,10 +96,24 @@ def test_a_frame_goes_as_csv_that_another_reader_gives_back_whole(server: FakeSe
         assert f'name="{name}"\r\n\r\n{value}\r\n'.encode() in body
 
 
-def test_whole_numbers_stay_whole_where_one_is_missing(server: FakeServer) -> None:
-    server.answers["POST /datasets"] = DATASET
-    server.client().datasets.upload(pd.DataFrame({"text": ["a", "b", "c"], "label": [1, 2, None]}))
-    assert b'"text","label"\n"a",1\n"b",2\n"c",' in server.requests[0].content
+@pytest.mark.parametrize(
+    ("labels", "sent"),
+    [
+        ([1, 2, None], [b"1", b"2", b'""']),
+        ([1.0, 2.5, None], [b"1.0", b"2.5", b'""']),
+        ([1.0, 1e30, None], [b"1.0", b"1e+30", b'""']),
+        ([1.0, float("inf"), None], [b"1.0", b"inf", b'""']),
+        ([1.0, 2.0, 3.0], [b"1.0", b"2.0", b"3.0"]),
+        ([True, False, True], [b"True", b"False", b"True"]),
+        (pd.Categorical(["x", "y", None]), [b'"x"', b'"y"', b'""']),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_whole_numbers_stay_whole_where_one_is_missing_and_all_else_stays_as_it_is(
+    labels: Any, sent: list[bytes]
+) -> None:
+    frame = pd.DataFrame({"text": ["a", "b", "c"], "label": labels})
+    assert [line.split(b",")[1] for line in csv_of(frame).splitlines()[1:]] == sent
 
 
 def test_what_is_no_table_or_no_utf_8_is_refused_in_words(server: FakeServer) -> None:
@@ -384,6 +400,9 @@ def test_what_was_heard_though_its_answer_was_lost_is_not_refused(
         getattr(jobs, what)("job_1")
 
 
+REFUSED = httpx.ConnectError("refused")
+
+
 class Clock:
     now = 0.0
 
@@ -391,7 +410,11 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("first", [problem(503, "queue_full", "0"), unreachable])
+def full(request: httpx.Request) -> httpx.Response:
+    raise httpx.PoolTimeout("full", request=request)
+
+
+@pytest.mark.parametrize("first", [problem(503, "queue_full", "0"), unreachable, full])
 def test_what_surely_was_not_heard_before_is_refused_when_it_is_refused(
     server: FakeServer, waits: list[float], first: Any
 ) -> None:
@@ -401,24 +424,27 @@ def test_what_surely_was_not_heard_before_is_refused_when_it_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("met", "error", "least", "most"),
+    ("met", "errors", "least", "most"),
     [
-        (True, httpx.ConnectError("refused"), 52, 60),
-        (False, httpx.ConnectError("refused"), 0.5, 1.5),
-        (False, httpx.ReadError("reset"), 52, 60),  # something is there, and may have heard what was sent
+        (True, [REFUSED], 52, 60),
+        (False, [REFUSED], 0.5, 1.5),
+        (False, [httpx.ReadError("reset")], 52, 60),  # something is there, and may have heard what was sent
+        (False, [httpx.ReadError("reset"), REFUSED], 52, 60),  # it was there, and starts anew
+        (False, [httpx.ProxyError("502")], 0.5, 1.5),  # the proxy is there, and nothing behind it
     ],
 )
 def test_the_time_for_another_attempt_runs_from_the_first_failure(
-    met: bool, error: httpx.RequestError, least: float, most: float
+    met: bool, errors: list[httpx.RequestError], least: float, most: float
 ) -> None:
     clock = Clock()
+    each = itertools.chain(errors, itertools.repeat(errors[-1]))
     attempts = Attempts("http://x", 60, met=met, clock=clock)
     clock.now = 1000.0  # a long upload that failed at its end is still tried again
     waited: list[float] = []
 
     def try_on() -> None:
         while True:
-            waited.append(attempts.pause(error))
+            waited.append(attempts.pause(next(each)))
             clock.now += waited[-1]
 
     with pytest.raises(TuneproofError, match="http://x"):
@@ -469,6 +495,23 @@ def test_waiting_no_longer_than_asked_is_a_timeout_error(server: FakeServer) -> 
         server.client().jobs.wait("job_1", timeout_seconds=0.01)
     assert isinstance(caught.value, TimeoutError)
     assert all(float(request.url.params["timeout_seconds"]) <= 0.01 for request in server.requests[1:])
+
+
+@pytest.mark.parametrize("seen", ["GET /jobs/job_1", "GET /jobs/job_1/wait"])
+@pytest.mark.parametrize("last", [problem(503, "queue_full", "30"), unreachable])
+def test_where_the_server_is_away_at_the_end_of_the_wait_it_is_a_timeout_error_too(
+    server: FakeServer, waits: list[float], seen: str, last: Any
+) -> None:
+    server.answers |= {"GET /jobs/job_1": RUNNING, seen: last}
+    with pytest.raises(WaitTimeout, match=r"job_1 .* 5 s, as far as can be seen\. (Expected this|No server)"):
+        server.client().jobs.wait("job_1", timeout_seconds=5)
+    with pytest.raises(TuneproofError) as caught:
+        server.client(retry_seconds=0.0).jobs.wait("job_1")
+    assert not isinstance(caught.value, TimeoutError), "nobody said how long to wait"
+    server.answers[seen] = problem(401, "unauthorized")
+    with pytest.raises(TuneproofError) as caught:
+        server.client().jobs.wait("job_1", timeout_seconds=5)
+    assert caught.value.status == 401
 
 
 # The stream ---------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
-from tuneproof.errors import JobFailed, WaitTimeout
+from tuneproof.errors import JobFailed, TuneproofError, WaitTimeout
 from tuneproof.results import Dataset, Event, Flip, Job, JobStatus
+from tuneproof.retries import passing
 from tuneproof.sync.datasets import READING_SECONDS
 from tuneproof.sync.transport import Transport, at
 from tuneproof.tables import Source, TableOptions, form_fields, opened, read_predictions
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
 _DATASET_ID = re.compile(r"ds_[0-9a-z]+")
 # Of one long poll. It answers on a change of status or stage alone, so progress is as old as this at most.
 _POLL_SECONDS = 30.0
+
+
+@contextmanager
+def _in_time(job_id: str, timeout_seconds: float | None) -> Iterator[None]:
+    """Of what may still go away, but not in the time given, makes a WaitTimeout."""
+    try:
+        yield
+    except TuneproofError as error:
+        if timeout_seconds is None or not passing(error):
+            raise
+        detail = f"The job {job_id} has not ended after {timeout_seconds:g} s, as far as can be seen. {error}"
+        raise WaitTimeout(None, "wait_timeout", detail) from error
 
 
 class Jobs:
@@ -108,7 +122,8 @@ class Jobs:
         """
         end = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         longest = _POLL_SECONDS if on_progress is None else 1.0
-        job = self._transport.get(Job, at("jobs", job_id), retry_seconds=timeout_seconds)
+        with _in_time(job_id, timeout_seconds):
+            job = self._transport.get(Job, at("jobs", job_id), retry_seconds=timeout_seconds)
         while True:
             if on_progress is not None:
                 on_progress(job)
@@ -118,7 +133,8 @@ class Jobs:
             if left <= 0:
                 detail = f"The job {job_id} is {job.status} after {timeout_seconds:g} s; it goes on."
                 raise WaitTimeout(None, "wait_timeout", detail)
-            job = self._poll(job_id, min(left, longest), None if end is None else left)
+            with _in_time(job_id, timeout_seconds):
+                job = self._poll(job_id, min(left, longest), None if end is None else left)
         if raise_on_failure and job.status != "succeeded":
             raise JobFailed(job)
         return job
