@@ -1,7 +1,8 @@
 """Whether a candidate is shown to be worse than the incumbent, on rows that neither was trained or chosen on.
 
 The rows are the candidate's test rows, without every text that stood in train or validation of either model's job.
-Shown is what a report would call a win: the same function decides both.
+Shown is what a report would call a win, by the same tests; but an incumbent that is not shown to beat the constant
+answer loses its win only where the candidate is shown to have the better macro-F1.
 """
 
 import contextlib
@@ -244,13 +245,17 @@ def _judged(fair: FairRows) -> GateOut:
     raw = compare(
         "candidate", "incumbent", "test", true_ids, ids, other_ids, len(names), fair.seed, text_ids=text_ids
     )  # fmt: skip
-    # No praise for a candidate that learned nothing; but one that is worse is refused whatever it would replace: where
-    # one label is nearly all, a good incumbent may not be shown to beat the constant answer either.
-    unproven = set() if beats(true_ids, ids, None, text_ids) else {"candidate"}
+    sides = {"candidate": ids, "incumbent": other_ids}
+    unproven = {name for name, given in sides.items() if not beats(true_ids, given, None, text_ids)}
+    # Where one label is nearly all, a good incumbent may not be shown to beat the constant answer either: it gives way
+    # to none but a candidate that is shown to tell the labels apart better.
+    if raw.macro_f1_delta_ci95[0] <= 0:
+        unproven.discard("incumbent")
     [pair] = withhold(holm([raw]), unproven)
     notes = list(fair.notes)
     if raw.winner in unproven:
-        notes.append(f"No win for the {raw.winner}: it is not shown to beat always giving the most common label.")
+        better = ", and the candidate is shown to have the better macro-F1" if raw.winner == "incumbent" else ""
+        notes.append(f"No win for the {raw.winner}: it is not shown to beat always giving the most common label{better}.")
     elif raw.winner is None and pair.mcnemar_p < SIGNIFICANCE:
         notes.append("Repeated texts make the p small; with each counted once, nothing is shown.")
     return GateOut(

@@ -123,7 +123,7 @@ def holm(comparisons: Sequence[PairedComparison]) -> list[PairedComparison]:
 
 
 def withhold(comparisons: Sequence[PairedComparison], unproven: Collection[str]) -> list[PairedComparison]:
-    """No win for a side that is not shown to beat a constant answer, however bad the other one is."""
+    """No win for an unproven side, however bad the other one is: the caller says what a side has to have shown."""
     return [replace(c, verdict="inconclusive") if c.winner in unproven else c for c in comparisons]
 
 

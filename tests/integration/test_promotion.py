@@ -295,6 +295,19 @@ def test_where_one_label_is_nearly_all_what_is_worse_is_refused_though_the_incum
     world.refused(coin)
 
 
+def test_an_incumbent_that_always_gives_one_label_keeps_nobody_out_that_finds_the_other(world: World) -> None:
+    truth = {f"text {i}": "no" if i % 20 else "yes" for i in range(3000)}
+    finds, cries = right_on(truth, 0.9), right_on(truth, 0.92)
+    dataset_id = world.upload(list(truth.items()))
+    constant = world.train(dataset_id, lambda text: "no")
+    finder = world.train(dataset_id, lambda text: (finds if truth[text] == "yes" else cries)(text))
+    world.promote(constant)
+    found = world.promote(finder)
+    assert (found["verdict"], found["accuracy_delta"] < 0, found["mcnemar_p"] < 0.05) == ("inconclusive", True, True)
+    assert "the better macro-F1" in found["note"]
+    assert world.promote(constant)["verdict"] == "inconclusive"
+
+
 def test_repeated_texts_are_no_further_evidence(world: World) -> None:
     truth = truth_of(100)
     rows = [(text if i % 2 else f" {text.upper()} ", label) for text, label in truth.items() for i in range(8)]
