@@ -125,11 +125,10 @@ def list_keys(given: argparse.Namespace) -> int:
 
 
 def _shown(key: ApiKey) -> dict[str, Any]:
-    """As `GET /keys` has it."""
-    times = {name: getattr(key, name) for name in ("created_at", "expires_at", "revoked_at")}
-    return {"id": key.id, "name": key.name, "scope": key.scope} | {
-        name: at and at.isoformat() for name, at in times.items()
-    }
+    """As an entry of `GET /keys`."""
+    from service.api.schemas import KeyOut
+
+    return KeyOut.model_validate(key).model_dump(mode="json")
 
 
 def revoke_key(given: argparse.Namespace) -> int:

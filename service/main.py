@@ -102,7 +102,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _tell_if_it_died(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("%s ended and will not come back: restart the API\n%s", task.get_coro(), logs.where(error))
+        how = "broke as it was stopped" if task.cancelling() else "ended and will not come back: restart the API"
+        log.critical("%s %s\n%s", task.get_coro(), how, logs.where(error))
 
 
 def _bootstrap(context: Context) -> None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 from standardwebhooks import Webhook
@@ -56,6 +57,12 @@ def retry_after(attempt: int, jitter: float) -> timedelta | None:
     return timedelta(seconds=_FIRST_RETRY_SECONDS * 3 ** (attempt - 1) * jitter)
 
 
+def new_client() -> httpx.AsyncClient:
+    """Follows no redirect, and keeps no cookie: one receiver's must not reach another."""
+    jar = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+    return httpx.AsyncClient(cookies=jar, follow_redirects=False, timeout=_CALL_SECONDS)
+
+
 class Webhooks:
     """Makes the calls that are due. Any number of processes may do so: each call is leased to one of them."""
 
@@ -67,7 +74,7 @@ class Webhooks:
 
     async def run(self) -> None:
         """Until this task is cancelled; a call under way is then made again by the next process, under its old id."""
-        async with httpx.AsyncClient(follow_redirects=False, timeout=_CALL_SECONDS) as client:
+        async with new_client() as client:
             while True:
                 try:
                     await self.round(client)

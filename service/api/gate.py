@@ -254,8 +254,8 @@ def _judged(fair: FairRows) -> GateOut:
     [pair] = withhold(holm([raw]), unproven)
     notes = list(fair.notes)
     if raw.winner in unproven:
-        better = ", and the candidate is shown to have the better macro-F1" if raw.winner == "incumbent" else ""
-        notes.append(f"No win for the {raw.winner}: it is not shown to beat always giving the most common label{better}.")
+        more = ", and the candidate is shown to have the better macro-F1" if raw.winner == "incumbent" else ""
+        notes.append(f"No win for the {raw.winner}: it is not shown to beat always giving the most common label{more}.")
     elif raw.winner is None and pair.mcnemar_p < SIGNIFICANCE:
         notes.append("Repeated texts make the p small; with each counted once, nothing is shown.")
     return GateOut(

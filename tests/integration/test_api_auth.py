@@ -277,11 +277,13 @@ def test_keys_are_made_listed_and_revoked_and_shown_once(
     assert secret not in listed
     assert all(word in listed for word in (key_id, "predict", "app", "expires"))
     assert main(["keys", "list", "--json"]) == 0
-    assert [(key["id"], key["name"]) for key in json.loads(capsys.readouterr().out)] == [(key_id, "app")]
+    [shown] = json.loads(capsys.readouterr().out)
+    assert (shown["id"], shown["name"]) == (key_id, "app")
+    assert shown["created_at"].endswith("Z"), "as in GET /keys"
     assert main(["keys", "revoke", key_id]) == 0
     assert main(["keys", "list"]) == 0
     assert "revoked" in capsys.readouterr().out
     assert main(["keys", "revoke", "key_0"]) == 2
     # Keys exist now, so nobody can walk in: the server may listen anywhere.
     monkeypatch.setattr(server, "run", lambda *_given, **_named: None)
-    assert main(["serve", "--host", "0.0.0.0"]) == 0
+    assert main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 0

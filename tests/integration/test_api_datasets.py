@@ -291,6 +291,11 @@ def test_a_file_that_is_too_large_is_413(client: TestClient, size: int) -> None:
     assert "TUNEPROOF_MAX_UPLOAD_BYTES" in body["detail"]
 
 
+def test_a_length_that_python_makes_no_number_of_is_too_large(client: TestClient) -> None:
+    answer = client.post("/datasets", content=b"x", headers=BOUNDARY | {"content-length": "9" * 5000})
+    problem_of(answer, 413, "too_large")
+
+
 def sent_alone(url: str, head: bytes) -> bytes:
     """What is answered to these bytes and no more."""
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as connection:

@@ -81,6 +81,12 @@ def test_over_https_the_cookie_is_never_sent_without_it(tmp_path: Path) -> None:
         assert client.get("/jobs").status_code == 200
 
 
+def test_behind_a_proxy_that_is_not_trusted_the_browser_says_that_it_came_by_https(signed: Signed) -> None:
+    for origin, secure in (("https://testserver", True), ("http://testserver", "")):
+        answer = signed.client.post("/session", json={"key": signed.secret}, headers={"origin": origin})
+        assert SimpleCookie(answer.headers["set-cookie"])[COOKIE]["secure"] == secure
+
+
 def test_it_works_behind_a_proxy_that_adds_a_prefix(tmp_path: Path) -> None:
     with TestClient(make_app(tmp_path / "data"), root_path="/tuneproof", client=ELSEWHERE) as client:
         assert Signed(client, StillClock()).cookie["path"] == "/"

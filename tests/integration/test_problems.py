@@ -1,5 +1,6 @@
 """One shape for every error, whatever it comes from."""
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -168,6 +169,52 @@ def test_a_service_that_cannot_work_says_what_is_missing(start: Start, monkeypat
     assert "/secret/path" not in answer.text
     assert answer.headers["retry-after"]
     assert client.get("/healthz").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("when", "words"), [("at once", "will not come back: restart the API"), ("as it stops", "broke as it was stopped")]
+)
+def test_a_room_that_ends_by_an_error_is_told_in_the_log(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture, when: str, words: str
+) -> None:
+    app, told = make_app(tmp_path / "data"), []
+
+    async def run(_warm: Any = ()) -> None:
+        try:
+            await asyncio.sleep(0 if when == "at once" else 60)
+        finally:
+            raise ValueError("a private text")
+
+    app.state.context.engine.run = run
+    with caplog.at_level(logging.CRITICAL, "tuneproof.api"), TestClient(app) as client:
+        client.get("/healthz")
+        told = [record.getMessage() for record in caplog.records]
+    [said] = told or [record.getMessage() for record in caplog.records]
+    assert bool(told) is (when == "at once")
+    assert words in said
+    assert "ValueError" in said
+    assert "private" not in said
+
+
+def test_housekeeping_goes_on_after_an_error_and_forgets_at_every_twelfth_round(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service import main
+
+    class EnoughError(BaseException):
+        """Ends what goes on after every Exception."""
+
+    rounds: list[bool] = []
+
+    def broken(_context: Any, forgets: bool) -> None:
+        rounds.append(forgets)
+        raise OSError("the database is away") if len(rounds) < 25 else EnoughError
+
+    monkeypatch.setattr(main, "_round", broken)
+    monkeypatch.setattr(main, "_SECONDS_BETWEEN_ROUNDS", 0)
+    with pytest.raises(EnoughError):
+        asyncio.run(main._housekeeping(make_app(tmp_path / "data").state.context))
+    assert [number for number, forgets in enumerate(rounds) if forgets] == [0, 12, 24]
 
 
 def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing_up(tmp_path: Any) -> None:

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm.exc import StaleDataError
 from statsmodels.stats.contingency_tables import mcnemar
 
 from service.api import gate
@@ -629,6 +632,37 @@ def test_an_alias_that_is_deleted_meanwhile_is_made_anew_and_one_that_never_rest
     world.engine.before = moved
     problem = problem_of(world.put(best), 409, "conflict")
     assert "moved by others" in problem["detail"]
+
+
+def test_for_a_caller_who_left_nothing_more_is_asked_and_nothing_is_moved(
+    rivals: tuple[World, str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, _first, _middle, best = rivals
+
+    async def left(_request: Request) -> bool:
+        return len(world.engine.calls) > 0
+
+    monkeypatch.setattr(Request, "is_disconnected", left)
+    assert "before the two were compared" in world.refused(best, "conflict")["detail"]
+    assert len(world.engine.calls) == 1
+    assert "it stays" in problem_of(world.put(best, alias="other"), 409, "conflict")["detail"]
+    assert [alias["alias"] for alias in world.client.get("/aliases").json()["data"]] == ["live"]
+
+
+@pytest.mark.parametrize("error", [IntegrityError("INSERT", None, Exception()), StaleDataError()])
+def test_where_the_alias_is_made_or_deleted_in_the_moment_of_the_move_all_is_looked_at_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    made = world.train(world.upload(list(TRUTH.items())), TRUTH.__getitem__)
+    point, errors = catalog.point_alias, [error]
+
+    def meanwhile(*given: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return point(*given)
+
+    monkeypatch.setattr(catalog, "point_alias", meanwhile)
+    assert world.promote(made) is None
 
 
 # Names --------------------------------------------------------------------------------------------

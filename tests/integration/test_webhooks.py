@@ -22,7 +22,7 @@ from service.db import jobs, outbox
 from service.db.engine import Database
 from service.db.jobs import Lease
 from service.db.models import Delivery, Event
-from service.webhooks import MAX_ATTEMPTS, Webhooks, retry_after
+from service.webhooks import MAX_ATTEMPTS, Webhooks, new_client, retry_after
 from tests.hook_server import HookServer, hook_server
 from tests.integration.conftest import api
 from tests.problems import problem_of
@@ -55,10 +55,11 @@ class Post:
             jobs.cancel(session, job_id, self.clock())
         return job_id
 
-    def round(self, clock: Clock | None = None, settings: Settings | None = None) -> None:
+    def round(self, clock: Clock | None = None, settings: Settings | None = None, rounds: int = 1) -> None:
         async def go() -> None:
-            async with httpx.AsyncClient() as client:
-                await Webhooks(self.db, settings or self.settings, clock or self.clock, lambda: 1.0).round(client)
+            async with new_client() as client:
+                for _ in range(rounds):
+                    await Webhooks(self.db, settings or self.settings, clock or self.clock, lambda: 1.0).round(client)
 
         asyncio.run(go())
 
@@ -223,6 +224,18 @@ def test_what_is_no_success_is_tried_again_and_no_redirect_is_followed(
     post.round()
     assert [call.path for call in post.server.calls] == ["/hook?token=hook-token-canary"] * 2
     assert post.told(job_id)[-1] == ("info", "webhook delivered to 127.0.0.1 at attempt 2")
+
+
+def test_a_receivers_cookie_goes_to_nobody(post: Post) -> None:
+    def answer(n: int) -> int:
+        post.cancelled()
+        return 204
+
+    post.server.headers = {"set-cookie": "who=somebody; Path=/"}
+    post.server.answer = answer
+    post.cancelled()
+    post.round(rounds=2)
+    assert ["cookie" in call.headers for call in post.server.calls] == [False, False]
 
 
 def test_a_receiver_that_is_gone_for_good_is_not_called_again(post: Post) -> None:
