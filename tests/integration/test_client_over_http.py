@@ -4,6 +4,7 @@ import asyncio
 import http.server
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -189,7 +190,7 @@ def test_an_interrupted_watch_says_how_to_go_on(running: Running, client: Client
 @pytest.mark.more
 def test_bash_completes_commands_and_what_the_server_knows(running: Running) -> None:
     script = f"""
-        PATH={Path(sys.executable).parent}:$PATH  # where the package's own command is, which completion calls by name
+        PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH  # where the package's own command is, which completion calls by name
         eval "$(_TUNEPROOF_COMPLETE=source_bash tuneproof)"
         complete -p tuneproof
         for line in "tuneproof ca" "tuneproof watch job"; do

@@ -17,6 +17,7 @@ from service.ml.engine import Engine
 from service.ml.labels import LabelSet
 from tests.adapters import TARGETS, manifest, stock_logits
 from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, KEYWORDS, QWEN3, QWEN3_EOS, ROBERTA, labelled_texts
+from worker.artifacts import write_json
 from worker.methods.checkpoint import Checkpoint, newest
 from worker.methods.frozen import FrozenBase, fit_probe
 from worker.methods.lora import Lora, LoraRecipe, _with_lora, auto_learning_rate, epoch_batches
@@ -202,6 +203,12 @@ def test_a_loss_that_diverged_is_told_as_none(tiny_models, tmp_path):
     )
     lora._tell_loss(0.5, float("nan"), 1e-3)
     assert events[-1][2] == {"epoch": 0.5, "train_loss": None, "learning_rate": 1e-3}
+
+
+def test_a_run_that_diverged_is_written_down_to_its_end(tiny_models, tmp_path):
+    facts = fine_tune(frozen(tiny_models, DISTILBERT), tmp_path, epochs=1, learning_rate=1e20).facts()
+    assert [epoch["validation_loss"] is None for epoch in facts["history"]] == [False, True]
+    write_json(tmp_path / "metrics.json", {"training": facts})
 
 
 def test_the_best_epoch_is_the_one_with_the_highest_macro_f1_and_then_the_lowest_loss(tiny_models, tmp_path):

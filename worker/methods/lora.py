@@ -128,7 +128,7 @@ class Trained:
             "gradient_checkpointing": self.state.gradient_checkpointing,
             "truncated_texts": self.truncated_texts,
             "label_smoothing": LABEL_SMOOTHING,
-            "history": self.state.history,
+            "history": [_finite(epoch) for epoch in self.state.history],
         }
 
 
