@@ -189,8 +189,9 @@ def test_an_interrupted_watch_says_how_to_go_on(running: Running, client: Client
 
 @pytest.mark.more
 def test_bash_completes_commands_and_what_the_server_knows(running: Running) -> None:
+    commands_are = shlex.quote(str(Path(sys.executable).parent))
     script = f"""
-        PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH  # where the package's own command is, which completion calls by name
+        PATH={commands_are}:$PATH  # where the package's own command is, which completion calls by name
         eval "$(_TUNEPROOF_COMPLETE=source_bash tuneproof)"
         complete -p tuneproof
         for line in "tuneproof ca" "tuneproof watch job"; do

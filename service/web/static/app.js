@@ -36,23 +36,27 @@ function useHere() {
 function App() {
   const place = useHere();
   const session = useLoad(() => get("/session"));
-  const [out, setOut] = useState(null); // "left" by the button, or "ended" by the service
+  const [out, setOut] = useState(false);
   useEffect(() => {
-    const ended = () => setOut("ended");
+    const ended = () => setOut(true);
     addEventListener("signed-out", ended);
     return () => removeEventListener("signed-out", ended);
   }, []);
+  // Once it is known who came back, and not before: what was refused is then asked for in that one's name.
+  useEffect(() => {
+    if (session.data) dispatchEvent(new Event("signed-in"));
+  }, [session.data]);
   const back = () => {
-    setOut(null);
+    setOut(false);
     session.reload();
   };
   const view = session.data && html`<${View} key=${`${place.name}/${place.id}`} ...${place} session=${session.data} onKeysChanged=${session.reload} />`;
   // A session that ends by itself takes nothing from the page: a dropped file, or a key that is shown this once.
-  if (out || session.error?.status === 401) return html`<${Frame} place=${place}><${SignIn} key="sign-in" onDone=${back} />${out !== "left" && view}<//>`;
+  if (out || session.error?.status === 401) return html`<${Frame} place=${place}><${SignIn} key="sign-in" onDone=${back} />${view}<//>`;
   if (session.error && !session.data) return html`<${Frame} place=${place}><h1>tuneproof</h1><${Trouble} error=${session.error} /><button type="button" onClick=${session.reload}>Try again</button><//>`;
   if (!session.data) return html`<${Loading} />`;
   // `null` stands where the sign-in stands, so that the view keeps its place, and with it what was typed.
-  return html`<${Frame} place=${place} session=${session.data} onLeft=${() => setOut("left")}>${null}${view}<//>`;
+  return html`<${Frame} place=${place} session=${session.data} onLeft=${() => location.reload()}>${null}${view}<//>`;
 }
 
 function Frame({ place, session, onLeft, children }) {
@@ -82,7 +86,7 @@ function Frame({ place, session, onLeft, children }) {
 }
 
 function View({ name, id, ...given }) {
-  const known = VIEWS[name];
+  const known = Object.hasOwn(VIEWS, name) && VIEWS[name];
   const { data: page, error } = useLoad(() => (known ? import(`./views/${known}.js`) : Promise.resolve(null)), [name]);
   useEffect(() => {
     // A page draws its heading when it knows it, which may be well after it was opened.

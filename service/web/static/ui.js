@@ -46,7 +46,17 @@ export function useLoad(load, inputs = []) {
     );
     return () => control.abort();
   }, [...inputs, round]);
-  return { ...state, reload: useCallback(() => setRound((n) => n + 1), []) };
+  const reload = useCallback(() => setRound((n) => n + 1), []);
+  useSignedIn(state.error, reload);
+  return { ...state, reload };
+}
+
+/** Calls `again` as it was when `error` came, once somebody has signed in, where the error is that nobody was. */
+export function useSignedIn(error, again) {
+  useEffect(() => {
+    if (error?.status === 401) addEventListener("signed-in", again);
+    return () => removeEventListener("signed-in", again);
+  }, [error]);
 }
 
 /** A list, page by page, newest first; a reload asks for as many pages as are shown. */

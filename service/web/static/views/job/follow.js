@@ -1,6 +1,6 @@
 // A job as it goes: what it is asked once is kept in step by its events.
 import { all, follow, get } from "../../api.js";
-import { useEffect, useRef, useState } from "../../ui.js";
+import { useEffect, useRef, useSignedIn, useState } from "../../ui.js";
 
 const LONGEST_PAUSE = 30; // seconds between tries while the service is away
 const UNNOTICED = 2; // seconds without a connection before it is worth a word
@@ -133,6 +133,10 @@ export function useJob(id) {
     };
   }, [id, round]);
 
+  useSignedIn(error, () => {
+    setError(null);
+    setRound((n) => n + 1);
+  });
   const restart = (now) => {
     setJob(now);
     setRound((n) => n + 1);
