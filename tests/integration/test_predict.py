@@ -428,7 +428,7 @@ def test_an_engine_that_is_killed_fails_open_calls_with_503_and_comes_back(servi
 def scarce(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("scarce")
     app = started(folder, models_dir, serve_memory_bytes=1000, predict_timeout_seconds=2.0, predict_max_chars=400_000,
-                  predict_queue_chars=500_000)  # fmt: skip
+                  predict_queue_tokens=8000)  # fmt: skip
     with TestClient(app, client=("127.0.0.1", 1)) as client:
         serving = Serving(client, folder, models_dir)
         serving.publish("four", BERT, 4, seed=1)
