@@ -77,7 +77,8 @@ async def _found(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str]
         return served_model(model), model.labels, model.calibration
 
     name = "model", id_or_alias
-    return ctx.recent.held(name) or await run_in_threadpool(ctx.recent.get, name, look)
+    held: tuple[ServedModel, list[str], dict[str, Any] | None] | None = ctx.recent.held(name)
+    return held if held is not None else await run_in_threadpool(ctx.recent.get, name, look)
 
 
 def _threshold(target_precision: float, calibration: dict[str, Any] | None) -> Threshold:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from service.core.errors import AppError, BaseLoading, BaseNotServed, InvalidData, ModelUnavailable
+from service.core.errors import AppError, BaseLoading, BaseNotServed, ModelUnavailable
 from service.inference.wire import Figures
 from service.ml.backbone import load_backbone
 from service.ml.base_models import Located, find_base, locate

@@ -127,7 +127,7 @@ class EngineHandle:
             ModelDamaged: the model's files are not the published ones.
         """
         process, size = self._process, sum(map(len, texts))
-        if process is None or process.returncode is not None or process.stdin is None:
+        if process is None or process.returncode is not None or process.stdin is None or self.figures is None:
             raise EngineUnavailable("The engine is starting. Ask again in a moment.")
         # One call is always taken, however large, or it never could be.
         if self.waiting_chars and self.waiting_chars + size > self._settings.predict_queue_tokens * _CHARS_A_TOKEN:
@@ -160,8 +160,8 @@ class EngineHandle:
             "device": settings.serve_device, "dtype": settings.serve_dtype, "threads": settings.serve_threads,
             "memory_bytes": settings.serve_memory_bytes, "adapter_bytes": settings.adapter_cache_bytes,
             "models_dir": str(settings.models_dir) if settings.models_dir else None,
-            "storage_url": settings.resolved_storage_url, "queue_tokens": settings.predict_queue_tokens, "log_level": settings.log_level,
-            "log_format": settings.log_format,
+            "storage_url": settings.resolved_storage_url, "queue_tokens": settings.predict_queue_tokens,
+            "log_level": settings.log_level, "log_format": settings.log_format,
         }  # fmt: skip
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "service.inference.process", json.dumps(given),

@@ -172,7 +172,7 @@ class EngineProcess:
     def _full(self) -> QueueFull:
         waiting, speed = self._rows.cost, self._figures.tokens_per_second
         return QueueFull(
-            f"{waiting} tokens are waiting, and no more than {self._queue_tokens} may (TUNEPROOF_PREDICT_QUEUE_TOKENS).",
+            f"{waiting} tokens wait, and at most {self._queue_tokens} may (TUNEPROOF_PREDICT_QUEUE_TOKENS).",
             retry_after_seconds=max(1, ceil(waiting / speed)) if speed else 1,
         )
 

@@ -453,7 +453,8 @@ def test_a_call_that_takes_too_long_is_504_and_too_much_waiting_is_429(scarce: S
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             slow = pool.submit(scarce.ask, scarce.ids["four"], texts=["x" * size])
-            until(lambda: scarce.app.state.context.engine._open, 10, "a call is open")
+            until(lambda: scarce.app.state.context.engine._open or slow.done(), 10, "a call is open")
+            assert not slow.done(), slow.result().text
             if size > 100_000:
                 problem_of(scarce.ask(scarce.ids["four"], texts=["x" * 200_000]), 429, "queue_full")
             problem_of(slow.result(30), 504, "deadline_passed")
