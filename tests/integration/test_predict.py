@@ -117,7 +117,7 @@ def models_dir(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def serving(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("serving")
-    with TestClient(started(folder, models_dir), client=("127.0.0.1", 1)) as client:
+    with TestClient(started(folder, models_dir, preload="early"), client=("127.0.0.1", 1)) as client:
         serving = Serving(client, folder, models_dir)
         serving.publish("four", BERT, 4, seed=1)
         serving.publish("seven", BERT, 7, seed=2)
@@ -421,6 +421,18 @@ def test_an_engine_that_is_killed_fails_open_calls_with_503_and_comes_back(servi
     for answer in serving.early:
         problem_of(answer, 503, answer.json()["code"])
     assert_right(serving, "seven", serving.ask(serving.ids["seven"]))
+
+
+def test_after_a_restart_the_models_to_preload_are_loaded_before_anybody_asks(serving: Serving) -> None:
+    engine = serving.app.state.context.engine
+    assert "cannot preload 'early'" in serving.client.get("/readyz").json()["checks"]["engine"]
+    assert serving.client.put("/aliases/early", json={"model_id": serving.ids["seven"]}).status_code == 200
+    pid = until(lambda: serving.engine_pid, 10, "the engine runs")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: serving.engine_pid not in (None, pid), 20, "another engine runs")
+    until(lambda: engine.figures and engine.figures.adapter_bytes, PATIENCE_SECONDS, "the adapter is loaded")
+    assert (engine.figures.adapter_misses, engine.figures.texts) == (1, 0)
+    assert_right(serving, "seven", serving.ask("early"))
 
 
 # An engine with little of everything --------------------------------------------------------------

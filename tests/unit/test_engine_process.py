@@ -135,7 +135,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 def lengths(answer: dict[str, Any]) -> list[int]:
     """Of the call's texts, as the gate's logits tell them."""
     odds = np.frombuffer(answer["raw"]).reshape(-1, 2)
-    return [int(round(100 * float(np.log(a / b)))) for a, b in odds]
+    return [round(100 * float(np.log(a / b))) for a, b in odds]
 
 
 def test_a_large_call_is_split_and_single_texts_do_not_wait_for_its_end(world: World) -> None:
