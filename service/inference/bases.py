@@ -73,7 +73,7 @@ class Bases:
                 return known
             refused, since = self._refused.get(key, (None, 0.0))
             if refused is not None and time.monotonic() - since < _SECONDS_REFUSED:
-                known.set_exception(refused)
+                known.set_exception(BaseNotServed(refused.detail))  # a new one: a raised one keeps its frames
                 return known
             if key not in self._loading:
                 self._loading[key] = known

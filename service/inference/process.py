@@ -94,7 +94,7 @@ class EngineProcess:
         while (message := wire.read(requests)) is not None:
             kind = message.pop("type")
             if kind == "drop":
-                self._closed_call(message["number"])
+                self._forget(message["number"])
                 continue
             message["model"]["files"] = tuple(message["model"]["files"])
             model = ServedModel(**message.pop("model"))
@@ -128,7 +128,7 @@ class EngineProcess:
             start = time.monotonic()
             in_time = [(call, row) for call, row in taken if call.deadline >= start]
             for call in {call for call, _row in taken if call.deadline < start}:
-                self._closed_call(call.number)
+                self._forget(call.number)
             for engine in {call.engine for call, _row in in_time}:
                 self._score_whatever_fails(engine, [(call, row) for call, row in in_time if call.engine is engine])
             if in_time:
@@ -197,7 +197,7 @@ class EngineProcess:
         done = []
         for (call, row), values in zip(rows, logits, strict=True):
             call.logits[row] = values
-            if len(call.logits) == len(call.texts) and self._closed_call(call.number):
+            if len(call.logits) == len(call.texts) and self._forget(call.number):
                 done.append(_answer(call))
         self._send(done)
 
@@ -240,7 +240,7 @@ class EngineProcess:
         else:
             _tell_if_it_failed(base)
 
-    def _closed_call(self, number: int) -> bool:
+    def _forget(self, number: int) -> bool:
         """Forgets a call; gives whether it was still open."""
         with self._lock:
             call = self._open.pop(number, None)
@@ -254,7 +254,7 @@ class EngineProcess:
             with logs.bound(request_id=call.request_id):
                 log.error("a prediction failed", exc_info=error)
         told = error if isinstance(error, AppError) else AppError("The engine failed on this call.")
-        if self._closed_call(call.number):
+        if self._forget(call.number):
             body = {"code": told.code, "detail": told.detail, "retry_after_seconds": told.retry_after_seconds}
             self._send([wire.pack({"number": call.number, "error": body})])
         if isinstance(error, torch.AcceleratorError):

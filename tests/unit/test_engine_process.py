@@ -21,6 +21,8 @@ from tests.waiting import until
 
 MODEL = {"base_model": "tiny", "base_revision": "r", "storage_prefix": "models/x", "files": ["manifest.json"]}
 
+BUDGET = 1024
+
 
 class Gate:
     """An engine that scores only when it is let to, and notes each batch: `(model, text length)`."""
@@ -67,6 +69,7 @@ class World:
             ids=[[1] * min(len(text), most) for text in texts], truncated=np.array([len(text) > most for text in texts])
         )
         self.monkeypatch.setattr(process, "encode", encoded)
+        self.monkeypatch.setattr(process, "TOKEN_BUDGET", {"cpu": BUDGET})
         asked, self._ask = os.pipe()
         told, tells = os.pipe()
         bases = SimpleNamespace(device=torch.device("cpu"), engine=lambda _key: self.engine, tell=lambda _figures: None)
@@ -150,7 +153,7 @@ def test_a_large_call_is_split_and_single_texts_do_not_wait_for_its_end(world: W
     assert 1 not in world.answers
     world.let(100)
     assert lengths(world.answer(1)) == [len(text) for text in texts], "in the order asked"
-    assert all(sum(n for _m, n in batch) <= 1024 for batch in world.engine.batches)
+    assert all(sum(n for _m, n in batch) <= BUDGET for batch in world.engine.batches)
 
 
 def test_an_adapter_that_is_being_loaded_holds_up_nobody_else(world: World) -> None:
@@ -187,7 +190,7 @@ def test_a_batch_that_fails_answers_every_caller_and_only_the_broken_call_with_a
 def test_a_call_that_is_dropped_costs_no_more_batches_and_is_not_answered(world: World) -> None:
     world.ask(1, ["x" * 16] * 1024)
     world.scoring(1)
-    world.waits(15 * 1024)
+    world.waits(16 * 1024 - BUDGET)
     world.drop(1)
     world.waits(0)
     world.ask(2, ["xx"])
