@@ -99,7 +99,7 @@ def started(folder: Path, models_dir: Path, **settings: Any) -> FastAPI:
     data_dir = folder / "data"
     data_dir.mkdir()
     fresh_database(data_dir).close()
-    values = {"min_free_bytes": 0, "serve_threads": 1, "serve_device": "cpu"} | settings
+    values = {"min_free_bytes": 0, "serve_threads": 1, "serve_device": "cpu", "serve_dtype": "fp32"} | settings
     return create_app(Settings(data_dir=data_dir, models_dir=models_dir, **values))
 
 
