@@ -30,6 +30,7 @@ from service.api import (
 from service.api.context import Context, authorize
 from service.api.envelope import Envelope
 from service.api.meters import Meters
+from service.api.predict import served_model
 from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
 from service.core import logs
 from service.core.clock import Clock, utc_now
@@ -86,9 +87,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     context.stopping = asyncio.Event()  # belongs to this loop
     await run_in_threadpool(migrate, context.settings.resolved_database_url)
     await run_in_threadpool(_bootstrap, context)
-    warm = await run_in_threadpool(_models_to_warm, context)
     webhooks = Webhooks(context.db, context.settings, context.clock)
-    rooms = (context.engine.run(warm), _housekeeping(context), webhooks.run())
+    rooms = (context.engine.run(lambda: _models_to_warm(context)), _housekeeping(context), webhooks.run())
     tasks = [asyncio.create_task(room) for room in rooms]
     for task in tasks:
         task.add_done_callback(_tell_if_it_died)
@@ -115,13 +115,20 @@ def _bootstrap(context: Context) -> None:
 
 
 def _models_to_warm(context: Context) -> list[ServedModel]:
-    """The bases of the newest models, or the embedded one: loaded before the first call asks for them."""
+    """What is loaded before the first call asks for it.
+
+    The bases of the aliases' models, without aliases those of the newest models, without models the embedded one; and
+    the models that TUNEPROOF_PRELOAD names, as they are now.
+    """
     with context.db.read() as session:
-        newest, _more = catalog.newest(session, Model, _WARM_MODELS, None)
-    bases = dict.fromkeys((model.base_model, model.base_revision) for model in newest)
+        preloaded, unknown = catalog.named_models(session, context.settings.preloaded)
+        served = catalog.models_with_alias(session) or catalog.newest(session, Model, _WARM_MODELS, None)[0]
+    for name in unknown:
+        log.warning("TUNEPROOF_PRELOAD: no model has the id or alias %r", name)
+    bases = dict.fromkeys((model.base_model, model.base_revision) for model in served)
     if not bases:
         bases = {(EMBEDDED, find_base(EMBEDDED, None).revision): None}
-    return [ServedModel("", name, revision, "", ()) for name, revision in bases]
+    return [ServedModel("", name, revision, "", ()) for name, revision in bases] + [*map(served_model, preloaded)]
 
 
 async def _housekeeping(context: Context) -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import hashlib
 import ipaddress
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Annotated, Any, TypeVar
@@ -14,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from service.api.problems import from_pydantic
+from service.api.recent import Recent
 from service.core.clock import Clock
-from service.core.errors import Forbidden, InvalidInput, LowDisk, TooLarge, Unauthorized
+from service.core.errors import Conflict, Forbidden, InvalidInput, LowDisk, TooLarge, Unauthorized
 from service.core.settings import Settings
 from service.db import catalog, sessions
 from service.db.engine import Database
@@ -33,9 +35,13 @@ class Context:
     storage: Storage
     engine: EngineHandle
     clock: Clock
+    recent: Recent = field(init=False)
     stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
     open_streams: int = field(default=0, init=False)
     _keys_exist: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.recent = Recent(self.db)
 
     @property
     def grace(self) -> timedelta:
@@ -43,7 +49,7 @@ class Context:
 
     def keys_exist(self) -> bool:
         """Whether a key was ever created; once true, it stays so."""
-        self._keys_exist = self._keys_exist or catalog.any_key_ever(self.db)
+        self._keys_exist = self._keys_exist or self.recent.get(_ANY_KEY, lambda: catalog.any_key_ever(self.db))
         return self._keys_exist
 
     async def pause(self, seconds: float) -> bool:
@@ -66,6 +72,7 @@ def get_context(request: Request) -> Context:
     return context
 
 
+Answer = TypeVar("Answer")
 Ctx = Annotated[Context, Depends(get_context)]
 Limit = Annotated[int, Query(ge=1, le=200, description="How many, newest first.")]
 
@@ -89,6 +96,7 @@ PUBLIC = {
 }  # fmt: skip
 SPECIAL = {"predict": "predict", "list_keys": "admin", "create_key": "admin", "revoke_key": "admin"}
 SESSION_COOKIE = "tuneproof_session"
+_ANY_KEY = "whether a key was ever created"
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,13 @@ async def authorize(request: Request, ctx: Ctx) -> None:
     needed = scope_of(request)
     if needed is None:
         return
-    request.state.caller = caller = await run_in_threadpool(caller_of, request, ctx)
+    secret = _bearer(request)
+    known = ctx.recent.held(_ANY_KEY if secret is None else _name_of(secret)) is not None
+    if known and (secret is not None or SESSION_COOKIE not in request.cookies):
+        caller = caller_of(request, ctx)  # blocks nobody
+    else:
+        caller = await run_in_threadpool(caller_of, request, ctx)
+    request.state.caller = caller
     if catalog.SCOPES.index(caller.scope) < catalog.SCOPES.index(needed):
         raise Forbidden(f"This call needs a key of scope '{needed}'; this one has '{caller.scope}'.")
 
@@ -121,11 +135,9 @@ def caller_of(request: Request, ctx: Context) -> Caller:
         Unauthorized: none of these lets the call in.
         Forbidden: the cookie would, but the call changes something and comes from another site's page.
     """
-    kind, _, secret = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer" and secret.strip():
-        with ctx.db.read() as session:
-            key = catalog.find_key(session, secret.strip(), ctx.clock())
-        if key is not None:
+    if (secret := _bearer(request)) is not None:
+        key = ctx.recent.get(_name_of(secret), lambda: _key_of(ctx, secret))
+        if key is not None and catalog.is_live(key, ctx.clock()):
             return Caller(key.scope, key)
         raise Unauthorized("The key is unknown, revoked or expired. Make one with `tuneproof keys create`.")
     if token := request.cookies.get(SESSION_COOKIE):
@@ -142,6 +154,43 @@ def caller_of(request: Request, ctx: Context) -> Caller:
         "Send a key: `Authorization: Bearer <key>`, or sign in with it (POST /session). Make one with "
         "`tuneproof keys create`."
     )
+
+
+def _bearer(request: Request) -> str | None:
+    kind, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() or None if kind.lower() == "bearer" else None
+
+
+def _name_of(secret: str) -> tuple[str, str]:
+    """What a key is remembered by: not its secret."""
+    return "key", hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _key_of(ctx: Context, secret: str) -> ApiKey | None:
+    with ctx.db.read() as session:
+        return catalog.find_key(session, secret, ctx.clock())
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
+    """What `work` gives; it is cancelled where the caller hangs up before. The body must have been read.
+
+    Raises:
+        Conflict: the caller is gone, so nobody will read this.
+    """
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Conflict("The caller left before the answer was there.")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def refuse_other_sites(request: Request) -> None:

@@ -227,7 +227,7 @@ async def _asked(ctx: Context, model: Model, fair: FairRows, gone: Gone) -> list
             if await gone():
                 raise Conflict("The caller left before the two were compared.")
             scores = await scored(ctx, served, model.labels, texts[start : start + TEXTS_A_CALL])
-            answers += [model.labels[int(np.argmax(row))] for row in scores.probabilities]
+            answers += [model.labels[i] for i in np.argmax(np.asarray(scores.probabilities), axis=1)]
     except (BaseNotServed, ModelDamaged) as error:
         raise _CannotTell(f"{model.id} cannot be asked. {error.detail}") from None
     return answers

@@ -98,6 +98,8 @@ def _of_engine(engine: EngineHandle) -> Iterator[Metric]:
 
 def _of_figures(figures: Figures) -> Iterator[Metric]:
     bounds = [*map(str, BATCH_BUCKETS), "+Inf"]
+    waiting = figures.waiting_tokens
+    yield _gauge("tuneproof_predict_waiting_tokens", "Tokens that wait to be scored.", waiting)
     batches = HistogramMetricFamily("tuneproof_engine_batch_texts", "Texts in each batch that the engine scored.")
     batches.add_metric((), list(zip(bounds, accumulate(figures.batches), strict=True)), figures.texts)
     yield batches

@@ -60,8 +60,8 @@ def metrics(request: Request, ctx: Ctx) -> Response:
 
 def _checks(ctx: Context) -> tuple[bool, dict[str, Any]]:
     """Whether it can do its work, and each part in words: `ok`, or what is wrong and what to do."""
-    database, workers = _database(ctx)
-    storage, engine = _storage(ctx), _engine(ctx.engine)
+    database, unknown, workers = _database(ctx)
+    storage, engine = _storage(ctx), _engine(ctx.engine, unknown)
     ready = database == storage == "ok" and ctx.engine.running and ctx.engine.figures is not None
     return ready, {
         "database": database, "storage": storage, "engine": engine, "workers": workers, "disk": _disk(ctx),
@@ -69,20 +69,21 @@ def _checks(ctx: Context) -> tuple[bool, dict[str, Any]]:
     }  # fmt: skip
 
 
-def _database(ctx: Context) -> tuple[str, list[str] | str]:
-    """In words, and the workers that it has seen lately."""
+def _database(ctx: Context) -> tuple[str, list[str], list[str] | str]:
+    """In words, the names in TUNEPROOF_PRELOAD that it does not know, and the workers that it has seen lately."""
     try:
         with ctx.db.read() as session:
             has, needs = revisions(session.connection())
+            _models, unknown = catalog.named_models(session, ctx.settings.preloaded)
             seen = [row["id"] for row in catalog.workers_seen(session, ctx.clock() - WORKER_SILENT)]
     except Exception as error:  # noqa: BLE001 -- whatever the driver raises, it is not ready
         todo = "Is it running, and does its disk have space? `tuneproof doctor` looks closer."
-        return f"cannot be read ({type(error).__name__}). {todo}", "not known without the database"
+        return f"cannot be read ({type(error).__name__}). {todo}", [], "not known without the database"
     words = "ok" if has == needs else (
         f"is at revision {has}, and this version works with {needs}. Run `tuneproof migrate`, or, where a newer "
         "tuneproof wrote it, install that one."
     )  # fmt: skip
-    return words, seen or "none seen for 30 s, so no job is taken: start one with `tuneproof worker`"
+    return words, unknown, seen or "none seen for 30 s, so no job is taken: start one with `tuneproof worker`"
 
 
 def _storage(ctx: Context) -> str:
@@ -94,8 +95,9 @@ def _storage(ctx: Context) -> str:
     return "ok"
 
 
-def _engine(engine: EngineHandle) -> str:
-    figures, words = engine.figures, []
+def _engine(engine: EngineHandle, unknown: list[str]) -> str:
+    figures = engine.figures
+    words = [f"cannot preload {name!r}: no model has that id or alias (TUNEPROOF_PRELOAD)" for name in unknown]
     if not engine.running or figures is None:
         words.append("is starting: /predict answers 503 until it is there")
     else:

@@ -1,12 +1,13 @@
 """`POST /predict`: what other apps call all day."""
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+import numpy as np
+from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.api.context import Context, Ctx, json_body
+from service.api.context import Context, Ctx, json_body, unless_gone
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, ThresholdOut, UsageOut
 from service.core.errors import Conflict, InvalidInput, ModelDamaged
 from service.db import catalog
@@ -18,30 +19,28 @@ from service.ml.calibration import Threshold, threshold_for
 router = APIRouter(tags=["predict"])
 
 
-async def _body(request: Request, ctx: Ctx) -> PredictIn:
+@router.post("/predict", response_model=PredictOut, openapi_extra={"requestBody": {"content": {
+    "application/json": {"schema": {"$ref": "#/components/schemas/PredictIn"}}}, "required": True}})  # fmt: skip
+async def predict(request: Request, ctx: Ctx) -> Response:
+    """Labels for texts, in their order, all from one published version of one model."""
     settings = ctx.settings
     # A character is at most 12 bytes of JSON: a pair of \uXXXX.
     longest = settings.predict_max_texts * settings.predict_max_chars * 12 + 65_536
-    return await json_body(PredictIn, min(longest, settings.max_upload_bytes))(request)
-
-
-@router.post("/predict", response_model=PredictOut, openapi_extra={"requestBody": {"content": {
-    "application/json": {"schema": {"$ref": "#/components/schemas/PredictIn"}}}, "required": True}})  # fmt: skip
-async def predict(ctx: Ctx, body: Annotated[PredictIn, Depends(_body)]) -> PredictOut:
-    """Labels for texts, in their order, all from one published version of one model."""
+    body = await json_body(PredictIn, min(longest, settings.max_upload_bytes))(request)
     texts = _checked(ctx, body.all_texts)
-    served, labels, calibration = await run_in_threadpool(_find, ctx, body.model)
+    served, labels, calibration = await _found(ctx, body.model)
     threshold = None if body.target_precision is None else _threshold(body.target_precision, calibration)
     least = body.min_confidence
     if threshold is not None:
         least = math.inf if threshold.min_confidence is None else threshold.min_confidence
-    scores = await scored(ctx, served, labels, texts)
-    return PredictOut(
+    scores = await unless_gone(request, scored(ctx, served, labels, texts))
+    answer = PredictOut(
         model_id=served.id,
-        predictions=[_prediction(scores, row, body.top_k, least) for row in range(len(texts))],
+        predictions=_predictions(scores, body.top_k, least),
         usage=UsageOut(texts=len(texts), tokens=scores.tokens),
         threshold=None if threshold is None else ThresholdOut.model_validate(threshold),
     )
+    return Response(answer.model_dump_json(), media_type="application/json")  # checked once, by being made
 
 
 async def scored(ctx: Context, served: ServedModel, labels: list[str], texts: list[str]) -> Scores:
@@ -69,10 +68,17 @@ def _checked(ctx: Context, texts: list[str]) -> list[str]:
     return texts
 
 
-def _find(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str], dict[str, Any] | None]:
-    with ctx.db.read() as session:
-        model = catalog.find_model(session, id_or_alias)
-    return served_model(model), model.labels, model.calibration
+async def _found(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str], dict[str, Any] | None]:
+    """The one version that answers this call."""
+
+    def look() -> tuple[ServedModel, list[str], dict[str, Any] | None]:
+        with ctx.db.read() as session:
+            model = catalog.find_model(session, id_or_alias)
+        return served_model(model), model.labels, model.calibration
+
+    name = "model", id_or_alias
+    held: tuple[ServedModel, list[str], dict[str, Any] | None] | None = ctx.recent.held(name)
+    return held if held is not None else await run_in_threadpool(ctx.recent.get, name, look)
 
 
 def _threshold(target_precision: float, calibration: dict[str, Any] | None) -> Threshold:
@@ -84,16 +90,18 @@ def _threshold(target_precision: float, calibration: dict[str, Any] | None) -> T
     return threshold_for(target_precision, calibration)
 
 
-def _prediction(scores: Scores, row: int, top_k: int, min_confidence: float) -> PredictionOut:
-    probabilities = scores.probabilities[row]
+def _predictions(scores: Scores, top_k: int, min_confidence: float) -> list[PredictionOut]:
+    probabilities = np.asarray(scores.probabilities)
     # Equal probabilities stand in the order of the labels' ids.
-    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])[:top_k]
-    confidence = probabilities[order[0]]
-    abstained = confidence < min_confidence
-    return PredictionOut(
-        label=None if abstained else scores.labels[order[0]],
-        confidence=confidence,
-        probabilities={scores.labels[i]: probabilities[i] for i in order},
-        abstained=abstained,
-        truncated=scores.truncated[row],
-    )
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    best = np.take_along_axis(probabilities, order, axis=1)
+    return [
+        PredictionOut(
+            label=None if values[0] < min_confidence else scores.labels[ids[0]],
+            confidence=values[0],
+            probabilities={scores.labels[i]: value for i, value in zip(ids, values, strict=True)},
+            abstained=values[0] < min_confidence,
+            truncated=truncated,
+        )
+        for ids, values, truncated in zip(order.tolist(), best.tolist(), scores.truncated, strict=True)
+    ]

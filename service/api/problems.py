@@ -92,7 +92,9 @@ def install(app: FastAPI) -> None:
     async def app_error(request: Request, error: AppError) -> JSONResponse:
         detail = f"{error.detail} {error.hint}" if error.hint else error.detail
         more = {"columns": error.columns} if isinstance(error, errors.ColumnNotFound) else {}
-        return problem(request, STATUS[type(error)], error.code, detail, error.errors, more=more)
+        wait = error.retry_after_seconds
+        headers = {} if wait is None else {"Retry-After": str(wait)}
+        return problem(request, STATUS[type(error)], error.code, detail, error.errors, headers, more)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -15,15 +15,20 @@ class AppError(Exception):
         detail: What was expected, what was found, what to do.
         errors: One entry per offending field or row: `{"loc": [...]}` or `{"row": n}`, and a `message`.
         hint: What to do next, where it is not the caller's input that is wrong (jobs show it).
+        retry_after_seconds: When to ask again, where that is known.
     """
 
     code: ClassVar[str] = "internal"
 
-    def __init__(self, detail: str, *, errors: Sequence[dict[str, Any]] = (), hint: str | None = None) -> None:
+    def __init__(
+        self, detail: str, *, errors: Sequence[dict[str, Any]] = (), hint: str | None = None,
+        retry_after_seconds: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(detail)
         self.detail = detail
         self.errors = list(errors)
         self.hint = hint
+        self.retry_after_seconds = retry_after_seconds
 
 
 # What a caller sent cannot be used ----------------------------------------------------------------

@@ -85,23 +85,18 @@ class Settings(BaseSettings):
     ] = 0
     predict_max_texts: Annotated[int, Field(ge=1, description="Most texts in one call of `/predict`.")] = 1024
     predict_max_chars: Annotated[int, Field(ge=1, description="Longest text in `/predict`, in characters.")] = 100_000
-    predict_queue_chars: Annotated[
-        int, Field(ge=1, description="Characters that may wait for the engine before `/predict` answers 429.")
-    ] = 20_000_000
+    predict_queue_tokens: Annotated[
+        int, Field(ge=1, description="Tokens that may wait for the engine before `/predict` answers 429.")
+    ] = 1 << 18
     predict_timeout_seconds: Annotated[float, Field(gt=0, description="After this `/predict` answers 504.")] = 60.0
+
+    preload: Annotated[
+        str, Field(description="Aliases and model ids whose adapters are loaded at start, comma-separated.")
+    ] = ""
 
     max_event_streams: Annotated[
         int, Field(ge=1, description="Event streams one API process holds open; the next is answered 503.")
     ] = 100
-
-    @model_validator(mode="after")
-    def _queue_holds_one_call(self) -> "Settings":
-        if self.predict_queue_chars < self.predict_max_chars:
-            raise ValueError(
-                f"TUNEPROOF_PREDICT_QUEUE_CHARS ({self.predict_queue_chars}) is under TUNEPROOF_PREDICT_MAX_CHARS "
-                f"({self.predict_max_chars}): an allowed text could never be queued. Raise the first."
-            )
-        return self
 
     @model_validator(mode="after")
     def _webhooks_are_signed(self) -> "Settings":
@@ -118,6 +113,10 @@ class Settings(BaseSettings):
     @property
     def webhook_origins(self) -> tuple[Origin, ...]:
         return parse_origins(self.webhook_hosts)
+
+    @property
+    def preloaded(self) -> list[str]:
+        return [name for name in map(str.strip, self.preload.split(",")) if name]
 
     @property
     def bootstrap_secret(self) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -59,6 +59,21 @@ def find_model(session: Session, id_or_alias: str) -> Model:
     if model is None:
         raise NotFound("No model has that id or alias. List them with GET /models and GET /aliases.")
     return model
+
+
+def named_models(session: Session, names: Iterable[str]) -> tuple[list[Model], list[str]]:
+    """The models of these ids or aliases, and the names that no model has."""
+    found, unknown = [], []
+    for name in names:
+        try:
+            found.append(find_model(session, name))
+        except NotFound:
+            unknown.append(name)
+    return found, unknown
+
+
+def models_with_alias(session: Session) -> list[Model]:
+    return list(session.scalars(select(Model).where(exists().where(Alias.model_id == Model.id)).order_by(Model.id)))
 
 
 def get_model(session: Session, model_id: str) -> Model:

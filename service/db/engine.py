@@ -16,6 +16,9 @@ BUSY_TIMEOUT_SECONDS = 30
 class Database:
     """A database by URL. `read` and `write` are the only ways to a session."""
 
+    writes = 0
+    """How many this process has made: whoever remembers what was read looks again once it has grown."""
+
     def __init__(self, url: str) -> None:
         self.url = url
         # Parameters hold users' texts; they must not stand in an error's message.
@@ -34,8 +37,11 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction: committed where the block ends, rolled back where it raises."""
-        with Session(self._writing, expire_on_commit=False) as session, session.begin():
-            yield session
+        try:
+            with Session(self._writing, expire_on_commit=False) as session, session.begin():
+                yield session
+        finally:
+            self.writes += 1
 
     def close(self) -> None:
         self.engine.dispose()

@@ -7,9 +7,12 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from service.core import logs
 from service.core.errors import (
@@ -28,8 +31,13 @@ from service.inference.wire import Figures, ServedModel
 
 _ERRORS: dict[str, type[AppError]] = {
     BaseLoading.code: BaseLoading, BaseNotServed.code: BaseNotServed, InvalidData.code: ModelDamaged,
+    QueueFull.code: QueueFull,
 }  # fmt: skip
 _SECONDS_BETWEEN_STARTS = 1.0
+# The engine counts tokens once it has read a text. Before, characters are bounded, so that memory is: far above what a
+# token takes, for a long text is cut.
+_CHARS_A_TOKEN = 64
+_READ_AT_ONCE_BYTES = 1 << 20
 log = logging.getLogger("tuneproof.engine")
 
 
@@ -39,13 +47,13 @@ class Scores:
 
     Args:
         labels: K labels.
-        probabilities: N rows of K.
+        probabilities: `(N, K)`.
         truncated: N, whether the text was longer than the model reads.
         tokens: Read in all.
     """
 
     labels: tuple[str, ...]
-    probabilities: list[list[float]]
+    probabilities: ArrayLike
     truncated: list[bool]
     tokens: int
 
@@ -63,7 +71,7 @@ class EngineHandle:
         self._process: asyncio.subprocess.Process | None = None
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
-        self._warm: list[ServedModel] = []
+        self._warm: Callable[[], Sequence[ServedModel]] = tuple
         self._stopping = False
 
     @property
@@ -78,9 +86,13 @@ class EngineHandle:
     def waiting_calls(self) -> int:
         return len(self._open)
 
-    async def run(self, warm: Sequence[ServedModel] = ()) -> None:
-        """Keeps the process alive until this task is cancelled."""
-        self._warm = list(warm)
+    async def run(self, warm: Callable[[], Sequence[ServedModel]] = tuple) -> None:
+        """Keeps the process alive until this task is cancelled.
+
+        `warm` is asked at each start, in a thread, for what is to be loaded at once: models, and where their `files`
+        are left out, bases alone.
+        """
+        self._warm = warm
         while True:
             try:
                 await self._live_once()
@@ -108,24 +120,24 @@ class EngineHandle:
                 await process.wait()
 
     async def predict(self, model: ServedModel, texts: list[str]) -> Scores:
-        """Scores texts with one model.
+        """Scores texts with one model. Where this is cancelled, the engine drops what is left of it.
 
         Raises:
             EngineUnavailable, BaseLoading, BaseNotServed, QueueFull, DeadlinePassed: as their names say.
             ModelDamaged: the model's files are not the published ones.
         """
         process, size = self._process, sum(map(len, texts))
-        if process is None or process.returncode is not None or process.stdin is None:
+        if process is None or process.returncode is not None or process.stdin is None or self.figures is None:
             raise EngineUnavailable("The engine is starting. Ask again in a moment.")
         # One call is always taken, however large, or it never could be.
-        if self.waiting_chars and self.waiting_chars + size > self._settings.predict_queue_chars:
-            raise QueueFull("More texts are waiting than the service takes on. Ask again in a moment.")
+        if self.waiting_chars and self.waiting_chars + size > self._settings.predict_queue_tokens * _CHARS_A_TOKEN:
+            raise QueueFull("More texts are waiting than the service takes on (TUNEPROOF_PREDICT_QUEUE_TOKENS).")
         number, allowed = next(self._numbers), self._settings.predict_timeout_seconds
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = answer
         self.waiting_chars += size
         try:
-            asked = {"number": number, "model": asdict(model), "texts": texts, "deadline": time.monotonic() + allowed,
+            asked = {"number": number, "model": vars(model), "texts": texts, "deadline": time.monotonic() + allowed,
                      "request_id": logs.request_id()}  # fmt: skip
             process.stdin.write(wire.pack({"type": "predict"} | asked))
             async with asyncio.timeout(allowed):
@@ -137,7 +149,9 @@ class EngineHandle:
             raise EngineUnavailable("The engine was lost and is being started again. Ask again in a moment.") from None
         finally:
             self.waiting_chars -= size
-            self._open.pop(number, None)
+            del self._open[number]
+            if not answer.done() or answer.cancelled():
+                process.stdin.write(wire.pack({"type": "drop", "number": number}))
         return _scores(message)
 
     async def _live_once(self) -> None:
@@ -146,19 +160,19 @@ class EngineHandle:
             "device": settings.serve_device, "dtype": settings.serve_dtype, "threads": settings.serve_threads,
             "memory_bytes": settings.serve_memory_bytes, "adapter_bytes": settings.adapter_cache_bytes,
             "models_dir": str(settings.models_dir) if settings.models_dir else None,
-            "storage_url": settings.resolved_storage_url, "log_level": settings.log_level,
-            "log_format": settings.log_format,
+            "storage_url": settings.resolved_storage_url, "queue_tokens": settings.predict_queue_tokens,
+            "log_level": settings.log_level, "log_format": settings.log_format,
         }  # fmt: skip
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "service.inference.process", json.dumps(given),
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_READ_AT_ONCE_BYTES,
+            start_new_session=True,
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # training on the same cores must not find them spinning
         )  # fmt: skip
         self._process = process
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018
-        for model in self._warm:
-            key = {"base_model": model.base_model, "base_revision": model.base_revision}
-            process.stdin.write(wire.pack({"type": "warm", **key}))
+        for model in await asyncio.to_thread(self._warm):
+            process.stdin.write(wire.pack({"type": "warm", "model": vars(model)}))
         while (message := await wire.read_async(process.stdout)) is not None:
             if "figures" in message:
                 self.figures = Figures(**message["figures"])
@@ -176,6 +190,8 @@ class EngineHandle:
 
 def _scores(message: dict[str, Any]) -> Scores:
     if "error" in message:
-        code, detail = message["error"]["code"], message["error"]["detail"]
-        raise _ERRORS.get(code, EngineUnavailable)(detail)
-    return Scores(tuple(message["labels"]), message["probabilities"], message["truncated"], message["tokens"])
+        error = message["error"]
+        kind = _ERRORS.get(error["code"], EngineUnavailable)
+        raise kind(error["detail"], retry_after_seconds=error["retry_after_seconds"])
+    probabilities = np.frombuffer(message["raw"]).reshape(-1, len(message["labels"]))
+    return Scores(tuple(message["labels"]), probabilities, message["truncated"], message["tokens"])

@@ -1,48 +1,57 @@
 """The engine's process: `python -P -m service.inference.process SETTINGS_JSON`.
 
-It reads requests from standard input and writes answers to standard output. One thread reads; the main thread takes
-whatever waits whenever the engine is free, mixes it into one batch per base, and answers each request by its number.
-It ends when its standard input closes, so it never outlives the API.
+It reads calls from standard input and writes answers to standard output. A call goes through four hands, so that none
+waits for another's work: one thread reads it, loaders fetch its adapter where it is not at hand, one thread makes
+token ids of its texts, and the main thread, whenever the engine is free, scores what waits: rows of many calls in one
+batch, in the turns that `Schedule` gives. It ends when its standard input closes, so it never outlives the API.
 """
 
 import json
 import logging
 import os
-import queue
 import sys
 import threading
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import ceil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from service.core import logs
-from service.core.errors import AppError, BaseLoading
+from service.core.errors import AppError, QueueFull
 from service.inference import wire
-from service.inference.bases import Adapters, Bases, Limits
+from service.inference.adapters import Adapters
+from service.inference.bases import Bases, Limits
+from service.inference.schedule import Schedule
 from service.inference.wire import BATCH_BUCKETS, Figures, ServedModel
 from service.ml.adapter import Adapter
 from service.ml.calibration import softmax
 from service.ml.encode import encode
-from service.ml.engine import Engine, OnBatch
+from service.ml.engine import TOKEN_BUDGET, Engine, OnBatch
 from service.storage import Storage
 
-MAX_TEXTS_AT_ONCE = 1024
+# What one call may have in a batch while others wait: a quarter of it.
+_TURNS_A_BATCH = 4
+_CHARS_AT_ONCE = 1 << 16  # some 10 ms of tokenizing
 _SECONDS_BETWEEN_FIGURES = 1.0
 log = logging.getLogger("tuneproof.engine")
 
 
-@dataclass
-class Request:
-    """One call of `/predict`; after `deadline`, on this machine's monotonic clock, nobody waits for it any more.
+@dataclass(eq=False)
+class Call:
+    """One call of `/predict` with N texts; after `deadline`, on this machine's monotonic clock, nobody waits for it.
 
-    `request_id` is the API's, for the log.
+    `request_id` is the API's, for the log. What is below is filled in on the way.
     """
 
     number: int
@@ -50,103 +59,152 @@ class Request:
     texts: list[str]
     deadline: float = float("inf")
     request_id: str | None = None
+    engine: Engine = field(init=False)
+    adapter: Adapter = field(init=False)
+    ids: dict[int, list[int]] = field(default_factory=dict)
+    truncated: dict[int, bool] = field(default_factory=dict)
+    logits: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
-@dataclass
-class Ready:
-    """A request whose texts are token ids and whose adapter is at hand."""
-
-    request: Request
-    adapter: Adapter
-    ids: list[list[int]]
-    truncated: NDArray[np.bool_]
+Rows = Sequence[tuple[Call, int]]
 
 
 class EngineProcess:
-    """Requests in, answers out."""
+    """Calls in, answers out. `read`, `tokenize` and `score` run in a thread each until the API is gone."""
 
-    def __init__(self, bases: Bases, adapters: Adapters, answers: IO[bytes]) -> None:
-        self._bases, self._adapters, self._answers = bases, adapters, answers
-        self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        self._figures: Figures = adapters.figures
+    def __init__(
+        self, bases: Bases, adapters: Adapters, figures: Figures, answers: IO[bytes], queue_tokens: int
+    ) -> None:
+        self._bases, self._adapters, self._figures = bases, adapters, figures
+        self._answers, self._queue_tokens = answers, queue_tokens
+        self._budget = TOKEN_BUDGET.get(bases.device.type, 4096)
+        self._open: dict[int, Call] = {}
+        self._texts: Schedule[Call] = Schedule(_CHARS_AT_ONCE // _TURNS_A_BATCH)
+        self._rows: Schedule[Call] = Schedule(self._budget // _TURNS_A_BATCH)
+        self._closed = False
+        self._lock = threading.RLock()  # of all of the above
+        self._texts_wait, self._rows_wait = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._attached: WeakSet[Adapter] = WeakSet()
+        self._answering = threading.Lock()
         self._told: Figures | None = None
         self._told_at = float("-inf")
 
     def read(self, requests: IO[bytes]) -> None:
-        """Fills the queue until the API is gone."""
+        """Takes calls in."""
         while (message := wire.read(requests)) is not None:
-            if message["type"] == "warm":
-                self._warm((message["base_model"], message["base_revision"]))
+            kind = message.pop("type")
+            if kind == "drop":
+                self._forget(message["number"])
+                continue
+            message["model"]["files"] = tuple(message["model"]["files"])
+            model = ServedModel(**message.pop("model"))
+            if kind == "warm":
+                self._bases.load((model.base_model, model.base_revision)).add_done_callback(partial(self._warm, model))
             else:
-                model = message["model"]
-                served = ServedModel(**model | {"files": tuple(model["files"])})
-                asked = {key: message[key] for key in ("number", "texts", "deadline", "request_id")}
-                self._waiting.put(Request(model=served, **asked))
-        self._waiting.put(None)
+                self._admit(Call(model=model, **message))
+        with self._lock:
+            self._closed = True
+            self._rows_wait.notify()
 
-    def run(self) -> None:
-        """Serves until the queue is closed."""
+    def tokenize(self) -> None:
+        """Makes token ids of texts, the calls in turns."""
         while True:
+            with self._lock:
+                self._texts_wait.wait_for(lambda: self._texts)
+                taken = self._texts.take(_CHARS_AT_ONCE)
+            for call, rows in _by_call(taken).items():
+                try:
+                    self._tokenize(call, rows)
+                except Exception as error:  # noqa: BLE001 -- one call's trouble must not be another's
+                    self._fail(call, error)
+
+    def score(self) -> None:
+        """Scores token ids, the calls in turns."""
+        while not self._closed:
             self._tell()
-            try:
-                first = self._waiting.get(timeout=_SECONDS_BETWEEN_FIGURES)
-            except queue.Empty:
-                continue
-            if first is None:
+            with self._lock:
+                self._rows_wait.wait_for(lambda: self._rows or self._closed, _SECONDS_BETWEEN_FIGURES)
+                taken = self._rows.take(self._budget)
+            start = time.monotonic()
+            in_time = [(call, row) for call, row in taken if call.deadline >= start]
+            for call in {call for call, _row in taken if call.deadline < start}:
+                self._forget(call.number)
+            for engine in {call.engine for call, _row in in_time}:
+                self._score_whatever_fails(engine, [(call, row) for call, row in in_time if call.engine is engine])
+            if in_time:
+                self._measure(sum(len(call.ids[row]) for call, row in in_time), time.monotonic() - start)
+
+    def _admit(self, call: Call) -> None:
+        with self._lock:
+            self._open[call.number] = call
+        try:
+            call.engine = self._bases.engine((call.model.base_model, call.model.base_revision))
+            self._adapters.get(call.model, call.engine).add_done_callback(partial(self._loaded, call))
+        except Exception as error:  # noqa: BLE001 -- one call's trouble must not be another's
+            self._fail(call, error)
+
+    def _loaded(self, call: Call, adapter: Future[Adapter]) -> None:
+        error = adapter.exception()
+        if error is not None:
+            self._fail(call, error)
+            return
+        call.adapter = adapter.result()
+        with self._lock:
+            if call.number in self._open:
+                self._texts.push(call, map(len, call.texts))
+                self._texts_wait.notify()
+
+    def _tokenize(self, call: Call, rows: list[int]) -> None:
+        encoded = encode(call.engine.backbone.tokenizer, [call.texts[row] for row in rows], call.adapter.max_length)
+        call.ids |= zip(rows, encoded.ids, strict=True)
+        call.truncated |= zip(rows, encoded.truncated.tolist(), strict=True)
+        if len(call.ids) < len(call.texts):
+            return
+        costs = [len(call.ids[row]) for row in range(len(call.texts))]
+        with self._lock:
+            if call.number not in self._open:
                 return
-            batch, closed = [first], False
-            while sum(len(request.texts) for request in batch) < MAX_TEXTS_AT_ONCE and not self._waiting.empty():
-                following = self._waiting.get()
-                if following is None:
-                    closed = True
-                    break
-                batch.append(following)
-            self._serve(batch)
-            if closed:
-                return
+            if self._rows and self._rows.cost + sum(costs) > self._queue_tokens:
+                raise self._full()
+            self._rows.push(call, costs)
+            self._rows_wait.notify()
 
-    def _serve(self, batch: Sequence[Request]) -> None:
-        by_engine: dict[int, tuple[Engine, list[Ready]]] = {}
-        now = time.monotonic()
-        for request in batch:
-            if request.deadline < now:
-                continue
-            try:
-                engine = self._bases.engine((request.model.base_model, request.model.base_revision))
-                ready = self._prepare(request, engine)
-            except Exception as error:  # noqa: BLE001 -- one request's trouble must not be another's
-                self._fail(request, error)
-            else:
-                by_engine.setdefault(id(engine), (engine, []))[1].append(ready)
-        for engine, group in by_engine.values():
-            try:
-                self._score(engine, group)
-            except Exception:  # noqa: BLE001 -- it is told where one request alone fails
-                for ready in group:
-                    try:
-                        self._score(engine, [ready])
-                    except Exception as error:  # noqa: BLE001
-                        self._fail(ready.request, error)
+    def _full(self) -> QueueFull:
+        waiting, speed = self._rows.cost, self._figures.tokens_per_second
+        return QueueFull(
+            f"{waiting} tokens wait, and at most {self._queue_tokens} may (TUNEPROOF_PREDICT_QUEUE_TOKENS).",
+            retry_after_seconds=max(1, ceil(waiting / speed)) if speed else 1,
+        )
 
-    def _prepare(self, request: Request, engine: Engine) -> Ready:
-        adapter = self._adapters.get(request.model, engine)
-        encoded = encode(engine.backbone.tokenizer, request.texts, adapter.max_length)
-        return Ready(request, adapter, encoded.ids, encoded.truncated)
+    def _score_whatever_fails(self, engine: Engine, rows: Rows) -> None:
+        """Scores a batch; where that fails, each call alone, to tell which one it is."""
+        try:
+            self._score(engine, rows)
+        except Exception:  # noqa: BLE001 -- it is told where one call alone fails
+            for call, its_rows in _by_call(rows).items():
+                try:
+                    self._score(engine, [(call, row) for row in its_rows])
+                except Exception as error:  # noqa: BLE001
+                    self._fail(call, error)
 
-    def _score(self, engine: Engine, group: Sequence[Ready]) -> None:
-        ids = [row for ready in group for row in ready.ids]
-        adapters = [ready.adapter for ready in group for _row in ready.ids]
-        logits = engine.score(ids, adapters, self._counted())
-        self._figures.tokens += sum(len(row) for row in ids)
-        start = 0
-        for ready in group:
-            stop = start + len(ready.ids)
-            probabilities = softmax(np.stack(logits[start:stop]), ready.adapter.temperature)
-            self._answer(
-                ready.request.number, labels=ready.adapter.labels, probabilities=probabilities.tolist(),
-                truncated=ready.truncated.tolist(), tokens=sum(len(row) for row in ready.ids),
-            )  # fmt: skip
-            start = stop
+    def _score(self, engine: Engine, rows: Rows) -> None:
+        adapters = [call.adapter for call, _row in rows]
+        for adapter in {*adapters}:
+            if adapter not in self._attached:
+                engine.attach(adapter)
+                self._attached.add(adapter)
+        logits = engine.score([call.ids[row] for call, row in rows], adapters, self._counted())
+        done = []
+        for (call, row), values in zip(rows, logits, strict=True):
+            call.logits[row] = values
+            if len(call.logits) == len(call.texts) and self._forget(call.number):
+                done.append(_answer(call))
+        self._send(done)
+
+    def _measure(self, tokens: int, seconds: float) -> None:
+        self._figures.tokens += tokens
+        before, now = self._figures.tokens_per_second, tokens / max(seconds, 1e-6)
+        self._figures.tokens_per_second = 0.9 * before + 0.1 * now if before else now
 
     def _counted(self) -> OnBatch:
         """Counts the batches of one call to `Engine.score`."""
@@ -161,46 +219,77 @@ class EngineProcess:
         return count
 
     def _tell(self) -> None:
-        """Sends the figures, at most once a second, where they have changed. From the one thread that answers."""
+        """Sends the figures, at most once a second, where they have changed."""
         now = time.monotonic()
         if now - self._told_at < _SECONDS_BETWEEN_FIGURES:
             return
         self._told_at = now
         self._bases.tell(self._figures)
+        self._figures.waiting_tokens = self._rows.cost
         if self._bases.device.type == "cuda":
             self._figures.gpu_allocated_bytes = torch.cuda.memory_allocated(self._bases.device)
             self._figures.gpu_reserved_bytes = torch.cuda.memory_reserved(self._bases.device)
         if self._figures != self._told:
             self._told = replace(self._figures, batches=list(self._figures.batches))
-            self._send({"figures": asdict(self._told)})
+            self._send([wire.pack({"figures": asdict(self._told)})])
 
-    def _warm(self, key: tuple[str, str]) -> None:
-        try:
-            self._bases.engine(key)
-        except BaseLoading:
-            pass
-        except AppError as error:
-            log.warning("base not served: %s", error.detail)
+    def _warm(self, model: ServedModel, base: Future[Engine]) -> None:
+        """Loads an adapter before anybody asks for it; a model without files stands for its base alone."""
+        if base.exception() is None and model.files:
+            self._adapters.get(model, base.result()).add_done_callback(_tell_if_it_failed)
+        else:
+            _tell_if_it_failed(base)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _forget(self, number: int) -> bool:
+        """Forgets a call; gives whether it was still open."""
+        with self._lock:
+            call = self._open.pop(number, None)
+            if call is not None:
+                self._texts.drop(call)
+                self._rows.drop(call)
+        return call is not None
+
+    def _fail(self, call: Call, error: BaseException) -> None:
         if not isinstance(error, AppError):
-            with logs.bound(request_id=request.request_id):
+            with logs.bound(request_id=call.request_id):
                 log.error("a prediction failed", exc_info=error)
-        code = error.code if isinstance(error, AppError) else "internal"
-        detail = error.detail if isinstance(error, AppError) else "The engine failed on this call."
-        self._answer(request.number, error={"code": code, "detail": detail})
+        told = error if isinstance(error, AppError) else AppError("The engine failed on this call.")
+        if self._forget(call.number):
+            body = {"code": told.code, "detail": told.detail, "retry_after_seconds": told.retry_after_seconds}
+            self._send([wire.pack({"number": call.number, "error": body})])
         if isinstance(error, torch.AcceleratorError):
             os._exit(os.EX_SOFTWARE)  # the CUDA context is lost for good; the API starts a process with a new one
 
-    def _answer(self, number: int, **body: Any) -> None:
-        self._send({"number": number, **body})
-
-    def _send(self, message: dict[str, Any]) -> None:
-        self._answers.write(wire.pack(message))
-        self._answers.flush()
+    def _send(self, frames: Sequence[bytes]) -> None:
+        with self._answering:
+            self._answers.write(b"".join(frames))
+            self._answers.flush()
 
 
-def main(arguments: list[str]) -> int:
+def _tell_if_it_failed(warmed: Future[Any]) -> None:
+    error = warmed.exception()
+    if error is not None:
+        log.warning("not warmed: %s", error.detail if isinstance(error, AppError) else type(error).__name__)
+
+
+def _answer(call: Call) -> bytes:
+    rows = range(len(call.texts))
+    # float64 like the confidences that thresholds were found on: one that stands on its threshold must not fall below.
+    probabilities = softmax(np.stack([call.logits[row] for row in rows]), call.adapter.temperature)
+    tokens = sum(map(len, call.ids.values()))
+    head = {"number": call.number, "labels": call.adapter.labels, "truncated": [call.truncated[row] for row in rows],
+            "tokens": tokens}  # fmt: skip
+    return wire.pack(head, probabilities.tobytes())
+
+
+def _by_call(rows: Rows) -> dict[Call, list[int]]:
+    found: dict[Call, list[int]] = defaultdict(list)
+    for call, row in rows:
+        found[call].append(row)
+    return found
+
+
+def main(arguments: list[str]) -> NoReturn:
     """Runs until the API is gone."""
     from transformers.utils import logging as transformers_logging
 
@@ -214,11 +303,14 @@ def main(arguments: list[str]) -> int:
     limits = Limits(given["device"], given["dtype"], given["memory_bytes"], given["adapter_bytes"])
     models_dir = Path(given["models_dir"]) if given["models_dir"] else None
     storage = Storage(given["storage_url"])
-    process = EngineProcess(Bases(models_dir, limits), Adapters(storage, limits.adapter_bytes), answers)
+    figures = Figures()
+    adapters = Adapters(storage, limits.adapter_bytes, figures)
+    process = EngineProcess(Bases(models_dir, limits), adapters, figures, answers, given["queue_tokens"])
     threading.Thread(target=process.read, args=(sys.stdin.buffer,), daemon=True).start()
-    process.run()
-    return 0
+    threading.Thread(target=process.tokenize, daemon=True).start()
+    process.score()
+    os._exit(0)  # nobody is left to wait for a load that is under way
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""What API and engine process say to each other: JSON in frames of a 4-byte length."""
+"""What API and engine process say to each other: frames of JSON and, behind it, raw bytes (probabilities)."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ from typing import IO, Any
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Upper bounds of texts in a batch; the last is the most that an engine takes into one."""
-_LENGTH = struct.Struct(">I")
+_LENGTHS = struct.Struct(">II")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Figures:
     Args:
         texts: Scored.
         tokens: Scored.
+        waiting_tokens: Of texts that wait to be scored.
+        tokens_per_second: Of late; 0 before the first batch.
         batches: How many held so many texts, by `BATCH_BUCKETS`, and one for more.
         adapter_hits: Adapters asked for that were in memory.
         adapter_misses: Those that were read from the storage.
@@ -52,6 +54,8 @@ class Figures:
 
     texts: int = 0
     tokens: int = 0
+    waiting_tokens: int = 0
+    tokens_per_second: float = 0.0
     batches: list[int] = field(default_factory=lambda: [0] * (len(BATCH_BUCKETS) + 1))
     adapter_hits: int = 0
     adapter_misses: int = 0
@@ -65,26 +69,31 @@ class Figures:
     gpu_reserved_bytes: int | None = None
 
 
-def pack(message: dict[str, Any]) -> bytes:
+def pack(message: dict[str, Any], raw: bytes = b"") -> bytes:
     body = json.dumps(message, separators=(",", ":")).encode()
-    return _LENGTH.pack(len(body)) + body
+    return b"".join((_LENGTHS.pack(len(body), len(raw)), body, raw))
 
 
 def read(stream: IO[bytes]) -> dict[str, Any] | None:
     """The next message, or None where the other side is gone."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
+    head = stream.read(_LENGTHS.size)
+    if len(head) < _LENGTHS.size:
         return None
-    body = stream.read(_LENGTH.unpack(head)[0])
-    message: dict[str, Any] = json.loads(body)
-    return message
+    body, raw = _LENGTHS.unpack(head)
+    return _message(stream.read(body + raw), body)
 
 
 async def read_async(stream: asyncio.StreamReader) -> dict[str, Any] | None:
     """The next message, or None where the other side is gone."""
     try:
-        head = await stream.readexactly(_LENGTH.size)
-        message: dict[str, Any] = json.loads(await stream.readexactly(_LENGTH.unpack(head)[0]))
+        body, raw = _LENGTHS.unpack(await stream.readexactly(_LENGTHS.size))
+        return _message(await stream.readexactly(body + raw), body)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
+
+
+def _message(frame: bytes, body: int) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(frame[:body])
+    if len(frame) > body:
+        message["raw"] = frame[body:]
     return message

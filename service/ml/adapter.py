@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from service.core.errors import InvalidData
@@ -73,7 +73,7 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
     Raises:
         InvalidData: a file is damaged, or its shapes do not fit together.
     """
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder, names=(WEIGHTS, CONFIG, HEAD))
     unsigned = (
         {WEIGHTS, CONFIG} - manifest.files.keys() if manifest.method == "lora" else {HEAD} - manifest.files.keys()
     )
@@ -148,7 +148,7 @@ def _linear(tensors: dict[str, Tensor], prefix: str) -> Linear:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+        tensors = {name: tensor.float() for name, tensor in load(file.read_bytes()).items()}
     except (OSError, SafetensorError) as error:
         raise InvalidData(f"{file.name} of the saved model is missing or damaged.") from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -63,8 +64,8 @@ class Manifest:
         (folder / FILE).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """The manifest of `folder`, every file in it checked against its sha256.
+    def read(cls, folder: Path, names: Container[str] | None = None) -> "Manifest":
+        """The manifest of `folder`, every file in it, or those among `names`, checked against its sha256.
 
         Raises:
             InvalidData: a file is missing or is not the one that was published, or the manifest itself is damaged.
@@ -78,6 +79,8 @@ class Manifest:
             raise InvalidData(f"{FILE} of the saved model is missing, damaged, or of another version.") from error
         for name, expected in manifest.files.items():
             file = folder / name
+            if names is not None and name not in names:
+                continue
             if not file.is_file() or sha256_of(file) != expected:
                 raise InvalidData(f"{name} of the saved model is missing or not the file that was published.")
         return manifest

@@ -5,7 +5,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -88,6 +89,17 @@ class Storage:
         with target.open("wb") as file:
             for chunk in self.chunks(key):
                 file.write(chunk)
+
+    @contextlib.contextmanager
+    def folder(self, prefix: str, names: Iterable[str]) -> Iterator[Path]:
+        """Files below `prefix` to be read from a folder: where they lie, or copies of them from an object store."""
+        if self._local:
+            yield Path(self._path(prefix))
+            return
+        with tempfile.TemporaryDirectory(prefix="tuneproof-") as copies:
+            for name in names:
+                self.fetch(f"{prefix}/{name}", Path(copies) / name)
+            yield Path(copies)
 
     def fetch_folder(self, prefix: str, target: Path) -> None:
         """Copies every file under `prefix` out."""

@@ -32,7 +32,7 @@ class QuietEngine:
     running, pid, figures = True, None, Figures()
     restarts = waiting_calls = waiting_chars = 0
 
-    async def run(self, warm: Sequence[ServedModel] = ()) -> None:
+    async def run(self, warm: Callable[[], Sequence[ServedModel]] = tuple) -> None:
         await asyncio.Event().wait()
 
     async def stop(self) -> None:

@@ -99,7 +99,7 @@ def started(folder: Path, models_dir: Path, **settings: Any) -> FastAPI:
     data_dir = folder / "data"
     data_dir.mkdir()
     fresh_database(data_dir).close()
-    values = {"min_free_bytes": 0, "serve_threads": 1, "serve_device": "cpu"} | settings
+    values = {"min_free_bytes": 0, "serve_threads": 1, "serve_device": "cpu", "serve_dtype": "fp32"} | settings
     return create_app(Settings(data_dir=data_dir, models_dir=models_dir, **values))
 
 
@@ -117,7 +117,7 @@ def models_dir(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="module")
 def serving(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("serving")
-    with TestClient(started(folder, models_dir), client=("127.0.0.1", 1)) as client:
+    with TestClient(started(folder, models_dir, preload="early"), client=("127.0.0.1", 1)) as client:
         serving = Serving(client, folder, models_dir)
         serving.publish("four", BERT, 4, seed=1)
         serving.publish("seven", BERT, 7, seed=2)
@@ -423,12 +423,24 @@ def test_an_engine_that_is_killed_fails_open_calls_with_503_and_comes_back(servi
     assert_right(serving, "seven", serving.ask(serving.ids["seven"]))
 
 
+def test_after_a_restart_the_models_to_preload_are_loaded_before_anybody_asks(serving: Serving) -> None:
+    engine = serving.app.state.context.engine
+    assert "cannot preload 'early'" in serving.client.get("/readyz").json()["checks"]["engine"]
+    assert serving.client.put("/aliases/early", json={"model_id": serving.ids["seven"]}).status_code == 200
+    pid = until(lambda: serving.engine_pid, 10, "the engine runs")
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: serving.engine_pid not in (None, pid), 20, "another engine runs")
+    until(lambda: engine.figures and engine.figures.adapter_bytes, PATIENCE_SECONDS, "the adapter is loaded")
+    assert (engine.figures.adapter_misses, engine.figures.texts) == (1, 0)
+    assert_right(serving, "seven", serving.ask("early"))
+
+
 # An engine with little of everything --------------------------------------------------------------
 @pytest.fixture(scope="module")
 def scarce(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("scarce")
     app = started(folder, models_dir, serve_memory_bytes=1000, predict_timeout_seconds=2.0, predict_max_chars=400_000,
-                  predict_queue_chars=500_000)  # fmt: skip
+                  predict_queue_tokens=8000)  # fmt: skip
     with TestClient(app, client=("127.0.0.1", 1)) as client:
         serving = Serving(client, folder, models_dir)
         serving.publish("four", BERT, 4, seed=1)
@@ -453,7 +465,8 @@ def test_a_call_that_takes_too_long_is_504_and_too_much_waiting_is_429(scarce: S
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             slow = pool.submit(scarce.ask, scarce.ids["four"], texts=["x" * size])
-            until(lambda: scarce.app.state.context.engine._open, 10, "a call is open")
+            until(lambda: scarce.app.state.context.engine._open or slow.done(), 10, "a call is open")
+            assert not slow.done(), slow.result().text
             if size > 100_000:
                 problem_of(scarce.ask(scarce.ids["four"], texts=["x" * 200_000]), 429, "queue_full")
             problem_of(slow.result(30), 504, "deadline_passed")

@@ -424,7 +424,7 @@ def test_no_more_rows_are_asked_than_the_gate_takes_and_none_that_predict_would_
 ) -> None:
     monkeypatch.setattr(gate, "MOST_ASKED", 120)
     long = {text + "x" * 100 if i % 5 == 0 else text: label for i, (text, label) in enumerate(TRUTH.items())}
-    with opened(tmp_path, predict_max_chars=60, predict_queue_chars=10_000) as world:
+    with opened(tmp_path, predict_max_chars=60, predict_queue_tokens=200) as world:
         other = truth_of(200, start=5000)
         incumbent = world.train(world.upload(list(other.items())), other.__getitem__, served=right_on(long, 0.8))
         candidate = world.train(world.upload(list(long.items())), right_on(long, 0.8, "b"))

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from service.db import catalog
 from service.inference.wire import Figures
 from tests.integration.conftest import ELSEWHERE
-from tests.rows import START
+from tests.rows import START, add_published
 
 Start = Callable[..., TestClient]
 
@@ -35,6 +35,18 @@ def test_a_service_with_nothing_wrong_says_ok_and_names_its_workers(start: Start
     found = checks(client)
     assert {found[name] for name in ("database", "storage", "engine", "disk")} == {"ok"}
     assert found["workers"] == ["wrk_7"]
+
+
+def test_a_name_to_preload_that_nobody_has_is_said_and_does_no_harm(start: Start) -> None:
+    client = start(preload="live, mdl_0")
+    words = checks(client)["engine"]
+    assert "cannot preload 'live': no model has that id or alias" in words
+    assert "'mdl_0'" in words
+    ctx = context(client)
+    _job, model_id = add_published(ctx.db, ctx.storage)
+    with ctx.db.write() as session:
+        catalog.point_alias(session, "live", model_id, START)
+    assert "'live'" not in checks(client)["engine"]
 
 
 def test_a_service_without_workers_is_ready_and_says_how_to_start_one(start: Start) -> None:

@@ -78,9 +78,9 @@ def test_a_setting_out_of_range_is_refused_by_name(monkeypatch: pytest.MonkeyPat
         Settings()
 
 
-def test_a_queue_that_could_never_hold_an_allowed_text_is_refused() -> None:
-    with pytest.raises(ValidationError, match="TUNEPROOF_PREDICT_QUEUE_CHARS"):
-        Settings(predict_queue_chars=10, predict_max_chars=11)
+def test_names_to_preload_may_stand_with_spaces_and_commas_too_many() -> None:
+    assert Settings(preload=" live, mdl_1,,").preloaded == ["live", "mdl_1"]
+    assert Settings().preloaded == []
 
 
 @pytest.mark.parametrize(

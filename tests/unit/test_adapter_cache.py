@@ -1,0 +1,106 @@
+"""The adapter cache over a real storage: shared loads, room by bytes, and nothing kept of what could not be had."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from service.core.errors import InvalidData
+from service.inference import adapters as cache
+from service.inference.adapters import Adapters
+from service.inference.wire import Figures, ServedModel
+from service.storage import Storage
+
+
+class Base:
+    """Stands for an engine: the cache hands its backbone on and holds it weakly."""
+
+    def __init__(self) -> None:
+        parameters = lambda: iter([SimpleNamespace(dtype="fp32")])  # noqa: E731
+        self.backbone = SimpleNamespace(model=SimpleNamespace(parameters=parameters), head_name="h", device="cpu")
+
+
+def served(name: str) -> ServedModel:
+    return ServedModel(name, "tiny", "r", f"models/{name}", ("manifest.json",))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Each load waits for `go`; `seen` names the folders. A folder named `bad` is damaged."""
+    world: dict[str, Any] = {"go": threading.Event(), "seen": []}
+
+    def load(folder: Path, **_given: Any) -> Any:
+        assert world["go"].wait(20)
+        world["seen"].append(folder.name)
+        if folder.name == "bad":
+            raise InvalidData("not the published file")
+        return SimpleNamespace(name=folder.name, size_bytes=10)
+
+    monkeypatch.setattr(cache, "load_adapter", load)
+    yield world
+    world["go"].set()
+
+
+def test_calls_that_wait_for_one_adapter_share_its_load(tmp_path: Path, reads: dict[str, Any]) -> None:
+    held, base = Adapters(Storage(f"file://{tmp_path}"), 100, figures := Figures()), Base()
+    waiting = [held.get(served("a"), base) for _ in range(5)]  # type: ignore[arg-type]
+    reads["go"].set()
+    assert len({id(adapter.result(20)) for adapter in waiting}) == 1
+    assert held.get(served("a"), base).result(20) is waiting[0].result()  # type: ignore[arg-type]
+    assert reads["seen"] == ["a"]
+    assert (figures.adapter_hits, figures.adapter_misses, figures.adapter_bytes) == (1, 5, 10)
+
+
+def test_the_least_recently_used_makes_room_and_lives_on_where_it_is_in_use(
+    tmp_path: Path, reads: dict[str, Any]
+) -> None:
+    reads["go"].set()
+    held, base = Adapters(Storage(f"file://{tmp_path}"), 30, figures := Figures()), Base()
+
+    def get(name: str) -> Any:
+        return held.get(served(name), base).result(20)  # type: ignore[arg-type]
+
+    first = get("a")
+    for name in ("b", "c", "a", "d"):
+        get(name)
+        assert figures.adapter_bytes <= 30
+    assert figures.adapter_evictions == 1
+    assert get("a") is first
+    reads["seen"].clear()
+    get("b")
+    assert reads["seen"] == ["b"], "b was out, the others are there"
+    assert first.name == "a"
+
+
+def test_one_that_could_not_be_had_is_asked_for_again(tmp_path: Path, reads: dict[str, Any]) -> None:
+    reads["go"].set()
+    held, base = Adapters(Storage(f"file://{tmp_path}"), 30, figures := Figures()), Base()
+    for _ in range(2):
+        with pytest.raises(InvalidData):
+            held.get(served("bad"), base).result(20)  # type: ignore[arg-type]
+    assert reads["seen"] == ["bad", "bad"]
+    assert figures.adapter_bytes == 0
+
+
+def test_a_base_that_was_loaded_again_gets_adapters_of_its_own(tmp_path: Path, reads: dict[str, Any]) -> None:
+    reads["go"].set()
+    held, old, new = Adapters(Storage(f"file://{tmp_path}"), 30, figures := Figures()), Base(), Base()
+    before = held.get(served("a"), old).result(20)  # type: ignore[arg-type]
+    assert held.get(served("a"), new).result(20) is not before  # type: ignore[arg-type]
+    assert figures.adapter_bytes == 10
+
+
+def test_files_of_an_object_store_are_copied_for_the_load_alone(reads: dict[str, Any]) -> None:
+    reads["go"].set()
+    storage = Storage("memory://tuneproof-cache")
+    with storage._fs.open("/tuneproof-cache/models/a/manifest.json", "wb") as file:
+        file.write(b"{}")
+    with storage.folder("models/a", ["manifest.json"]) as folder:
+        assert (folder / "manifest.json").read_bytes() == b"{}"
+    assert not folder.exists()
+    missing = Adapters(storage, 30, Figures()).get(served("b"), Base())  # type: ignore[arg-type]
+    with pytest.raises(InvalidData, match="missing"):
+        missing.result(20)
