@@ -53,7 +53,7 @@ class Layout:
             return None
         start, rank, n_in, n_out = self.places[name]
         middle, stop = start + rank * n_in, start + rank * (n_in + n_out)
-        return flat[:, start:middle].unflatten(1, (rank, n_in)), flat[:, middle:stop].unflatten(1, (n_out, rank))
+        return flat[:, start:middle].view(-1, rank, n_in), flat[:, middle:stop].view(-1, n_out, rank)
 
 
 @dataclass(frozen=True, eq=False)

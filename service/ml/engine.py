@@ -108,7 +108,8 @@ class Engine:
         pooler = getattr(body, "pooler", None)
         if isinstance(pooler, nn.Module):
             pooler.register_forward_pre_hook(self._first_tokens)
-        self._stock_attention: str = backbone.model.config._attn_implementation  # type: ignore[union-attr]
+        config: Any = backbone.model.config
+        self._stock_attention: str = config._attn_implementation
         self._kernel: Kernel | None = None
         self._first_position = 0
         self._kernel, self._first_position = self._packing()

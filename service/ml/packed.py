@@ -83,8 +83,8 @@ def _attend(
         raise NotPacked
     causal = bool(getattr(module, "is_causal", True))
     attend = _varlen if rows.kernel == "varlen" else _by_length
-    by_token = (states[0].transpose(0, 1) for states in (query, key, value))
-    return attend(rows, *by_token, causal, scaling)[None], None
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(rows, query, key, value, causal, scaling)[None], None
 
 
 def _by_length(rows: Rows, query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float | None) -> Tensor:
@@ -93,9 +93,9 @@ def _by_length(rows: Rows, query: Tensor, key: Tensor, value: Tensor, causal: bo
     out = query.new_empty(*query.shape[:2], value.shape[2])
     for start, n_rows, length in rows.spans:
         tokens = slice(start, start + n_rows * length)
-        q, k, v = (x[tokens].unflatten(0, (n_rows, length)).transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x[tokens].view(n_rows, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         answer = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=grouped)
-        out[tokens].unflatten(0, (n_rows, length)).copy_(answer.transpose(1, 2))
+        out[tokens] = answer.transpose(1, 2).flatten(0, 1)
     return out
 
 
@@ -109,7 +109,8 @@ def _varlen(rows: Rows, query: Tensor, key: Tensor, value: Tensor, causal: bool,
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, 1) if repeats > 1 else x.contiguous() for x in (key, value))
     ends, longest = rows.boundaries, rows.longest
-    answer: Tensor = varlen_attn(query.contiguous(), key, value, ends, ends, longest, longest, **more)
+    answer = varlen_attn(query.contiguous(), key, value, ends, ends, longest, longest, **more)
+    assert isinstance(answer, Tensor)  # no second value was asked for
     return answer
 
 
