@@ -27,11 +27,13 @@ def training_precision(device: torch.device) -> Precision:
     return "bf16" if device.type == "cpu" and bf16_pays_on_cpu() else "fp32"
 
 
-def serving_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it: a GPU of capability 8.0 on, or a CPU on which that is measured to pay.
+def serving_precision(device: torch.device, asked: str = "auto") -> Precision:
+    """What is asked for; `auto` is bf16 on a GPU of capability 8.0 on, or a CPU on which that is measured to pay.
 
-    Its answers are some thousandths away from stock PEFT's; in fp32 they equal them.
+    Answers in bf16 are some thousandths away from stock PEFT's; in fp32 they equal them.
     """
+    if asked != "auto":
+        return "bf16" if asked == "bf16" else "fp32"
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     return "bf16" if device.type == "cpu" and bf16_pays_on_cpu() else "fp32"
