@@ -69,6 +69,7 @@ class JobFile:
         dataset: `id`, `name`, `sha256`, `n_rows` and `warnings`, for the figures and the report.
         job_id: For the figures.
         models_dir: Folder of allowed local base models.
+        serve_dtype: In which models are served here, and so scored.
         endpoint: The `Endpoint` that the spec names, where it names one; the key is in the environment.
     """
 
@@ -77,6 +78,7 @@ class JobFile:
     dataset: dict[str, Any] = field(default_factory=dict)
     job_id: str = "job_local"
     models_dir: str | None = None
+    serve_dtype: str = "auto"
     endpoint: dict[str, Any] | None = None
 
 
@@ -129,7 +131,7 @@ class Experiment:
         for found in self.job.dataset.get("warnings", []):
             self.reporter.event("message", f"{found['message']} ({found['count']:,} rows)", found, level="warning")
         write_split(self.out / "split.csv", self.table, self.split)
-        self.dtype = DTYPES[serving_precision(self.device)]
+        self.dtype = DTYPES[serving_precision(self.device, self.job.serve_dtype)]
         backbone = load_backbone(ready.base, device=self.device, dtype=self.dtype)
         if self.spec.trains:
             backbone.attention_projections()  # raises where there is nothing to put LoRA on

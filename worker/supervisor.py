@@ -140,6 +140,7 @@ class Attempt:
             "table": profile["format"],
             "dataset": known | {"warnings": profile["warnings"]},
             "models_dir": str(models_dir.absolute()) if models_dir else None,
+            "serve_dtype": self.settings.serve_dtype,
             "endpoint": endpoint.as_json() if endpoint else None,
         }
         (self.place / "job.json").write_text(json.dumps(job), encoding="utf-8")

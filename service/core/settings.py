@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     ] = "auto"
     serve_dtype: Annotated[
         Literal["auto", "fp32", "bf16"],
-        Field(description="Precision of served base weights; `auto` is fp32 on a CPU, bf16 on a GPU."),
+        Field(description="Precision of served base weights; `auto` is bf16 where that is faster, else fp32."),
     ] = "auto"
     serve_memory_bytes: Annotated[
         int, Field(ge=1, description="Memory for served base models; the least recently used makes room.")

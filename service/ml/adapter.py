@@ -1,7 +1,9 @@
 """What one model adds to a base: LoRA pairs, layers the base lacks, and a head, read from a folder on disk."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,6 +28,34 @@ class Linear:
     bias: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which layers an adapter wraps; adapters of one layout can stand stacked in one tensor.
+
+    Args:
+        layers: By name, in order: the layer, its rank, its inputs, its outputs.
+    """
+
+    layers: tuple[tuple[str, int, int, int], ...]
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int, int, int]]:
+        """By layer: where its numbers begin, its rank, inputs, outputs."""
+        places, start = {}, 0
+        for name, rank, n_in, n_out in self.layers:
+            places[name] = (start, rank, n_in, n_out)
+            start += rank * (n_in + n_out)
+        return places
+
+    def pair(self, name: str, flat: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of N adapters' numbers `(N, F)` a layer's A `(N, r, in)` and B `(N, out, r)`, as views; None if unwrapped."""
+        if name not in self.places:
+            return None
+        start, rank, n_in, n_out = self.places[name]
+        middle, stop = start + rank * n_in, start + rank * (n_in + n_out)
+        return flat[:, start:middle].view(-1, rank, n_in), flat[:, middle:stop].view(-1, n_out, rank)
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """One model's own tensors; compared by identity.
@@ -35,22 +65,34 @@ class Adapter:
         head: (K, H), float32.
         states: What the head multiplies.
         max_length: Of a text, in tokens.
-        lora: By layer, A (r, in) and B (out, r) with the scale folded into B.
+        lora: By layer, A (r, in) and B (out, r) with the scale folded into B. Taken over into `flat`.
         layers: By name, layers that take the place of the base's.
         temperature: What logits are divided by before they become probabilities.
+        flat: (F,), all of `lora` in one tensor, as `layout` says.
+        layout: Which layers stand in `flat`.
     """
 
     labels: tuple[str, ...]
     head: Linear
     states: States
     max_length: int
-    lora: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    lora: InitVar[Mapping[str, tuple[Tensor, Tensor]] | None] = None
     layers: dict[str, Linear] = field(default_factory=dict)
     temperature: float = 1.0
+    flat: Tensor = field(default_factory=lambda: torch.empty(0))
+    layout: Layout = Layout(())
+
+    def __post_init__(self, lora: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
+        if lora:
+            names = sorted(lora)
+            parts = [half.reshape(-1) for name in names for half in lora[name]]
+            layout = Layout(tuple((n, len(lora[n][0]), lora[n][0].shape[1], len(lora[n][1])) for n in names))
+            object.__setattr__(self, "flat", torch.cat(parts))
+            object.__setattr__(self, "layout", layout)
 
     @property
     def size_bytes(self) -> int:
-        tensors = [t for pair in self.lora.values() for t in pair]
+        tensors = [self.flat]
         for linear in (self.head, *self.layers.values()):
             tensors += [t for t in (linear.weight, linear.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)

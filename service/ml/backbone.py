@@ -142,32 +142,6 @@ def is_decoder(config: Any) -> bool:
     return config.model_type in CAUSAL and config.model_type not in MASKED
 
 
-def pool(hidden: Tensor, inputs: dict[str, Tensor], pooling: Pooling, pad_id: int) -> Tensor:
-    """One vector per text from the last layer's states, of length 1.
-
-    Args:
-        hidden: `(B, L, H)`.
-        inputs: As `Backbone.inputs` gives them.
-        pooling: `mean` over the real tokens, `cls` the first, `last` the rightmost id that is not padding, which is
-            where stock transformers pools decoders.
-        pad_id: The padding's id.
-
-    Returns:
-        `(B, H)` float32.
-    """
-    hidden = hidden.float()
-    if pooling == "cls":
-        pooled = hidden[:, 0]
-    elif pooling == "mean":
-        mask = inputs["attention_mask"][:, :, None].float()
-        pooled = (hidden * mask).sum(1) / mask.sum(1)
-    else:
-        ids = inputs["input_ids"]
-        position = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad_id)).argmax(-1)
-        pooled = hidden[torch.arange(len(ids), device=ids.device), position]
-    return nn.functional.normalize(pooled, dim=-1)
-
-
 def _without_dropout(config: Any) -> None:
     # The frozen base is a feature extractor; its dropout slows a step by a third and regularises nothing that trains.
     for key, value in config.to_dict().items():

@@ -75,22 +75,29 @@ def token_counts(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.int64
     return np.array([len(row) for piece in pieces for row in _ids(tokenizer, piece)], dtype=np.int64)
 
 
-def token_batches(lengths: NDArray[np.int64], token_budget: int, max_rows: int) -> Iterator[NDArray[np.int64]]:
+def token_batches(
+    lengths: NDArray[np.int64], token_budget: int, max_rows: int, *, padded: bool = True
+) -> Iterator[NDArray[np.int64]]:
     """Positions of the rows, batch by batch, sorted by length so that little is padding.
 
     Args:
         lengths: `(N,)` tokens per row.
-        token_budget: Most tokens in a batch, padding included; a single longer row is a batch of its own.
+        token_budget: Most tokens in a batch; a single longer row is a batch of its own.
         max_rows: Most rows in a batch.
+        padded: Whether every row is padded to the longest of its batch, and padding counts.
     """
     order = np.argsort(lengths, kind="stable")
-    start = 0
-    for stop in range(1, len(order) + 1):
-        full = stop - start == max_rows
-        # Sorted: the next row would be the longest, and all are padded to it.
-        if stop == len(order) or full or (stop - start + 1) * int(lengths[order[stop]]) > token_budget:
+    start = tokens = 0
+    for stop, row in enumerate(order.tolist()):
+        length = int(lengths[row])
+        # Sorted: this row would be the longest.
+        with_it = (stop - start + 1) * length if padded else tokens + length
+        if stop > start and (with_it > token_budget or stop - start == max_rows):
             yield order[start:stop]
-            start = stop
+            start, tokens = stop, 0
+        tokens += length
+    if start < len(order):
+        yield order[start:]
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str], **cut: Any) -> list[list[int]]:

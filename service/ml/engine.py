@@ -1,12 +1,15 @@
 """Token batches x adapters -> logits: one copy of the base, any number of adapters in the same batch.
 
-LoRA: y = W x + (alpha / r) B A x (Hu et al. 2021, arXiv:2106.09685). The rows of a batch stand grouped by adapter,
-and each wrapped layer adds the product of each group's own A and B to that group's rows. Heads live outside the
-model, so they may differ in their number of labels.
+The rows of a batch are laid end to end (`packed`), each wrapped layer adds what its rows' adapters have for it
+(`mixture`), and heads live outside the model, so they may differ in their number of labels.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,42 +17,77 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from service.core.errors import InvalidData
-from service.ml.adapter import Adapter, Linear
-from service.ml.backbone import Backbone, pool
-from service.ml.encode import token_batches
+from service.ml import packed
+from service.ml.adapter import Adapter
+from service.ml.backbone import Backbone, Pooling
+from service.ml.encode import encode, token_batches
+from service.ml.mixture import Mixture
+from service.ml.packed import Kernel, NotPacked, Rows
 
-TOKEN_BUDGET = {"cpu": 1024, "cuda": 16_384, "mps": 4096}
+TOKEN_BUDGET = {"cpu": 2048, "cuda": 16_384, "mps": 4096}
+"""Tokens of a batch by kind of device; where rows are padded, padding counts."""
 MAX_ROWS = 256
+# How far rows laid end to end may stand from the stock model's padded ones, relative, before the base is padded too.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+_PROBES = ("a", "b", "a longer text than those", "why, and when, and where was it that these two were as long?")
 
 OnBatch = Callable[[int, int], None]
 """Called after every batch with the rows done and the rows in all."""
 
+log = logging.getLogger("tuneproof.engine")
+
 
 @dataclass
-class _Route:
-    """Which rows of the batch in flight belong to which adapter: `(start, stop, adapter)`."""
+class _Flight:
+    """The batch that the model is computing."""
 
-    segments: list[tuple[int, int, Adapter]] = field(default_factory=list)
+    rows: Rows | None = None
+    mixture: Mixture | None = None
+    hidden: Tensor | None = None
 
 
 class _AdaptedLinear(nn.Module):
     """A frozen linear layer that adds, or takes instead, what each row's adapter has for it."""
 
-    def __init__(self, base: nn.Linear, name: str, route: _Route) -> None:
+    def __init__(self, base: nn.Linear, name: str, flight: _Flight) -> None:
         super().__init__()
-        self.base, self.name, self.route = base, name, route
+        self.base, self.name, self.flight = base, name, flight
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, …, in)` to `(B, …, out)`."""
+        """`(…, in)` to `(…, out)`."""
         y: Tensor = self.base(x)
-        for start, stop, adapter in self.route.segments:
-            pair = adapter.lora.get(self.name)
-            if pair is not None:
-                y[start:stop] += (x[start:stop] @ pair[0].T) @ pair[1].T
+        mixture = self.flight.mixture
+        if mixture is None:
+            return y
+        for share in mixture.shares:
+            share.add(self.name, x, y.flatten(0, -2))
+        for adapter, rows in mixture.rows_of:
             layer = adapter.layers.get(self.name)
             if layer is not None:
-                y[start:stop] = nn.functional.linear(x[start:stop], layer.weight, layer.bias)
+                if len(x) != mixture.n_rows:
+                    raise NotPacked  # it reads tokens, and these stand end to end
+                y[rows] = nn.functional.linear(x[rows], layer.weight, layer.bias)
         return y
+
+
+@dataclass(frozen=True)
+class _States:
+    """Of B rows `head` (B, H'), what the stock head sees, and all there is to pool them by."""
+
+    head: Tensor
+    hidden: Tensor
+    rows: Rows
+    last: Tensor
+    pooling: Pooling
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        return _pool(self.hidden, self.rows, self.last, self.pooling)
+
+    def of(self, kind: str) -> Tensor:
+        """What a head on states of this kind multiplies, float32."""
+        return self.head if kind == "head" else self.pooled
 
 
 class Engine:
@@ -58,15 +96,23 @@ class Engine:
     def __init__(self, backbone: Backbone) -> None:
         """Takes the backbone over: its own head is cut off, so the stock model returns the states that head sees."""
         self.backbone = backbone
-        self._route = _Route()
-        self._hidden: Tensor | None = None
+        self._flight = _Flight()
         self._wrapped: set[str] = set()
         head = _linear(backbone.model, backbone.head_name)
         self.head_width, self.head_has_bias = head.in_features, head.bias is not None
         _replace(backbone.model, backbone.head_name, nn.Identity())
         body = backbone.model.base_model
         assert isinstance(body, nn.Module)
+        self._body = body
         body.register_forward_hook(self._keep_hidden)
+        pooler = getattr(body, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.register_forward_pre_hook(self._first_tokens)
+        config: Any = backbone.model.config
+        self._stock_attention: str = config._attn_implementation
+        self._kernel: Kernel | None = None
+        self._first_position = 0
+        self._kernel, self._first_position = self._packing()
 
     def attach(self, adapter: Adapter) -> None:
         """Makes the base ready for an adapter; cheap, and only once per layer name.
@@ -79,14 +125,17 @@ class Engine:
             raise InvalidData("The saved model's head does not fit the base model's states.")
         if adapter.states == "head" and not adapter.layers.keys() >= set(self.backbone.fresh):
             raise InvalidData("The saved adapter has no weights for layers that the base model's files lack.")
-        shapes = [(name, (b.shape[0], a.shape[1])) for name, (a, b) in adapter.lora.items()]
+        shapes = [(name, (n_out, n_in)) for name, _rank, n_in, n_out in adapter.layout.layers]
+        for name, _ in shapes:
+            if not _IN_A_BLOCK.search(name):
+                raise InvalidData(f"The saved adapter adapts {name}, which is in none of the base model's blocks.")
         shapes += [(name, (x.weight.shape[0], x.weight.shape[1])) for name, x in adapter.layers.items()]
         layers = {name: _linear(self.backbone.model, name) for name, _ in shapes}
         for name, shape in shapes:
             if (layers[name].out_features, layers[name].in_features) != shape:
                 raise InvalidData(f"The saved adapter does not fit the base model at {name}.")
         for name in layers.keys() - self._wrapped:
-            _replace(self.backbone.model, name, _AdaptedLinear(layers[name], name, self._route))
+            _replace(self.backbone.model, name, _AdaptedLinear(layers[name], name, self._flight))
             self._wrapped.add(name)
 
     def score(
@@ -103,16 +152,19 @@ class Engine:
             N arrays `(K_i,)`: heads may differ in their number of labels.
         """
         answers: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(ids)
-        numbers = {id(adapter): i for i, adapter in enumerate(adapters)}
         for batch in self._batches(ids, on_batch):
-            # Grouped by adapter, so that each group is one slice.
-            rows = batch[np.argsort([numbers[id(adapters[i])] for i in batch], kind="stable")]
-            segments = _segments([adapters[i] for i in rows])
-            states = self._forward([ids[i] for i in rows], segments)
-            for start, stop, adapter in segments:
-                logits = _apply(adapter.head, states[adapter.states][start:stop]).cpu().numpy()
-                for row, values in zip(rows[start:stop], logits, strict=True):
-                    answers[row] = values
+            states, mixture = self._forward([ids[i] for i in batch], [adapters[i] for i in batch])
+            by_adapter = [
+                nn.functional.linear(states.of(adapter.states)[rows], adapter.head.weight, adapter.head.bias)
+                for adapter, rows in mixture.rows_of
+            ]
+            # Together, so that a GPU is waited for once.
+            flat, start = torch.cat([logits.flatten() for logits in by_adapter]).cpu().numpy(), 0
+            for (_adapter, rows), logits in zip(mixture.rows_of, by_adapter, strict=True):
+                stop = start + logits.numel()
+                for row, values in zip(rows.tolist(), flat[start:stop].reshape(logits.shape), strict=True):
+                    answers[batch[row]] = values
+                start = stop
         return answers
 
     def states(self, ids: Sequence[list[int]], on_batch: OnBatch | None = None) -> dict[str, NDArray[np.float32]]:
@@ -121,53 +173,134 @@ class Engine:
             "head": np.empty((len(ids), self.head_width), dtype=np.float32),
             "pooled": np.empty((len(ids), self.backbone.hidden_size), dtype=np.float32),
         }
-        for rows in self._batches(ids, on_batch):
-            for kind, values in self._forward([ids[i] for i in rows], []).items():
-                answers[kind][rows] = values.cpu().numpy()
+        for batch in self._batches(ids, on_batch):
+            states, _ = self._forward([ids[i] for i in batch], [])
+            for kind, values in answers.items():
+                values[batch] = states.of(kind).cpu().numpy()
         return answers
 
-    def _batches(self, ids: Sequence[list[int]], on_batch: OnBatch | None) -> "_Batches":
+    def _batches(self, ids: Sequence[list[int]], on_batch: OnBatch | None) -> Iterator[NDArray[np.int64]]:
+        """Positions of the rows, batch by batch, shortest first."""
         lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
-        return _Batches(lengths, TOKEN_BUDGET.get(self.backbone.device.type, 4096), on_batch)
+        budget, done = TOKEN_BUDGET.get(self.backbone.device.type, 4096), 0
+        for batch in token_batches(lengths, budget, MAX_ROWS, padded=self._kernel is None):
+            yield batch
+            done += len(batch)
+            if on_batch is not None:
+                on_batch(done, len(ids))
 
     @torch.inference_mode()
-    def _forward(self, ids: Sequence[list[int]], segments: list[tuple[int, int, Adapter]]) -> dict[str, Tensor]:
-        self._route.segments = segments
+    def _forward(self, ids: Sequence[list[int]], adapters: Sequence[Adapter]) -> tuple[_States, Mixture]:
+        """States of B rows, shortest first, each under its own adapter, or all on the bare base."""
+        if self._kernel is not None:
+            try:
+                return self._run(ids, adapters, self._kernel)
+            except NotPacked:
+                log.debug("a batch is padded: the base's attention is not to be had without")
+        return self._run(ids, adapters, None)
+
+    def _run(
+        self, ids: Sequence[list[int]], adapters: Sequence[Adapter], kernel: Kernel | None
+    ) -> tuple[_States, Mixture]:
+        backbone, lengths = self.backbone, np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        model: Any = backbone.model
+        if kernel is None:
+            starts, inputs = np.arange(len(ids)) * lengths.max(), backbone.inputs(ids)
+        else:
+            starts, inputs = np.cumsum(lengths) - lengths, self._end_to_end(ids, lengths)
+        rows = Rows(lengths, starts, backbone.device, kernel)
+        mixture = Mixture.of(adapters, rows)
+        attention = self._stock_attention if kernel is None else packed.NAME
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
+        more = {} if kernel is None else {"packed_rows": rows}
+        self._flight.rows, self._flight.mixture = rows, mixture
         try:
-            inputs = self.backbone.inputs(ids)
-            head_states = self.backbone.model(**inputs).logits.float()
-            assert self._hidden is not None  # the hook has just set it
-            pooled = pool(self._hidden, inputs, self.backbone.pooling, self.backbone.pad_id)
-            return {"head": head_states, "pooled": pooled}
+            # A decoder's stock head finds a row's last token by the padding behind it, which may not be there.
+            output = (self._body if backbone.decoder else model)(**inputs, **more)
+            assert self._flight.hidden is not None  # the hook has just set it
+            hidden = self._flight.hidden.flatten(0, 1)
         finally:
-            self._route.segments, self._hidden = [], None
+            self._flight.rows = self._flight.mixture = self._flight.hidden = None
+        last = torch.from_numpy(starts + [self._last(row) for row in ids]).to(backbone.device)
+        head = hidden[last] if backbone.decoder else output.logits
+        return _States(head.float(), hidden, rows, last, backbone.pooling), mixture
 
-    def _keep_hidden(self, _module: nn.Module, _inputs: object, output: object) -> None:
-        self._hidden = output.last_hidden_state  # type: ignore[attr-defined]
+    def _end_to_end(self, ids: Sequence[list[int]], lengths: NDArray[np.int64]) -> dict[str, Tensor]:
+        """`(1, T)` ids and positions, which count from the row's beginning."""
+        device = self.backbone.device
+        positions = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return {
+            "input_ids": torch.tensor([[token for row in ids for token in row]], device=device),
+            "position_ids": torch.from_numpy(positions + self._first_position)[None].to(device),
+        }
+
+    def _last(self, row: list[int]) -> int:
+        """Where stock transformers pools a decoder: at the rightmost id that is not padding's."""
+        pad_id = self.backbone.pad_id
+        return next((i for i in range(len(row) - 1, -1, -1) if row[i] != pad_id), 0)
+
+    def _packing(self) -> tuple[Kernel | None, int]:
+        """How the base's rows can be laid end to end, and at which position they start; None where they must be padded.
+
+        Judged by the states of a few texts against those of the stock model, padded.
+        """
+        dtype = next(self.backbone.model.parameters()).dtype
+        kernel = packed.kernel_for(self.backbone.device, dtype)
+        ids = sorted(encode(self.backbone.tokenizer, _PROBES, 512).ids, key=len)
+        with torch.inference_mode():
+            expected, _ = self._run(ids, [], None)
+            # RoBERTa and its kin count positions from the one behind the padding's.
+            for first in (0, self.backbone.pad_id + 1) if kernel is not None else ():
+                self._first_position = first
+                try:
+                    got, _ = self._run(ids, [], kernel)
+                except Exception as error:  # noqa: BLE001 -- whatever the model says to it, it can be padded
+                    log.info("the base's rows are padded: %s", type(error).__name__)
+                    break
+                if all(_error(got.of(kind), expected.of(kind)) <= _TOLERANCE[dtype] for kind in ("head", "pooled")):
+                    return kernel, first
+        return None, 0
+
+    def _keep_hidden(self, _module: nn.Module, _inputs: object, output: Any) -> Any:
+        self._flight.hidden = output.last_hidden_state
+        output.last_hidden_state = self._by_row(output.last_hidden_state)
+        return output
+
+    def _first_tokens(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self._by_row(inputs[0]), *inputs[1:])
+
+    def _by_row(self, hidden: Tensor) -> Tensor:
+        """`(1, T, H)` as `(B, 1, H)`: all that an encoder's own head reads are the rows' first tokens."""
+        rows = self._flight.rows
+        if rows is None or rows.kernel is None or self.backbone.decoder:
+            return hidden
+        return hidden[0, torch.from_numpy(rows.starts).to(hidden.device)][:, None]
 
 
-@dataclass(frozen=True)
-class _Batches:
-    lengths: NDArray[np.int64]
-    token_budget: int
-    on_batch: OnBatch | None
+def _pool(hidden: Tensor, rows: Rows, last: Tensor, pooling: Pooling) -> Tensor:
+    """One vector per text from the last layer's states, of length 1.
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        done = 0
-        for rows in token_batches(self.lengths, self.token_budget, MAX_ROWS):
-            yield rows
-            done += len(rows)
-            if self.on_batch is not None:
-                self.on_batch(done, len(self.lengths))
+    Args:
+        hidden: `(positions, H)`.
+        rows: Where the B rows stand.
+        last: `(B,)` positions of their last tokens.
+        pooling: `mean` over the real tokens, `cls` the first, `last` the last.
+
+    Returns:
+        `(B, H)` float32.
+    """
+    if pooling == "mean":
+        tokens = hidden if rows.kernel is not None else hidden[torch.from_numpy(rows.positions).to(hidden.device)]
+        lengths = torch.from_numpy(rows.lengths).to(hidden.device)
+        pooled = torch.segment_reduce(tokens.float(), "mean", lengths=lengths)
+    else:
+        pooled = hidden[torch.from_numpy(rows.starts).to(hidden.device) if pooling == "cls" else last].float()
+    return nn.functional.normalize(pooled, dim=-1)
 
 
-def _apply(linear: Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, linear.weight, linear.bias)
-
-
-def _segments(adapters: Sequence[Adapter]) -> list[tuple[int, int, Adapter]]:
-    starts = [i for i in range(len(adapters)) if i == 0 or adapters[i] is not adapters[i - 1]]
-    return [(start, stop, adapters[start]) for start, stop in zip(starts, [*starts[1:], len(adapters)], strict=True)]
+def _error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -41,7 +41,9 @@ class Run:
             "base_model": BERT, "baseline": {"sample_size": 10},
             "train": {"epochs": 2, "max_length": 24, "learning_rate": 1e-3, "precision": "fp32"},
         } | spec  # fmt: skip
-        (folder / "job.json").write_text(json.dumps({"spec": self.spec, "models_dir": str(models_dir)}))
+        (folder / "job.json").write_text(
+            json.dumps({"spec": self.spec, "models_dir": str(models_dir), "serve_dtype": "fp32"})
+        )
         self.folder, self.said, self.fits = folder, io.StringIO(), []
         original = Lora.fit
 
