@@ -3,15 +3,16 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from fastapi.testclient import TestClient
+from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 from transformers import AutoTokenizer
 
@@ -50,10 +51,24 @@ class KilledAt(SmallBlocks):
 
     def messages(self, wait_seconds: float) -> Iterator[dict[str, Any]]:
         for message in super().messages(wait_seconds):
-            self.parts += message["type"] == "checkpoint"
-            yield message
             if self.parts == 3:
                 self.kill()
+                return  # what it said after that nobody has heard
+            self.parts += message["type"] == "checkpoint"
+            yield message
+
+
+class Told(SmallBlocks):
+    """One that is heard at its first part."""
+
+    heard: Callable[[], object] | None = None
+
+    def messages(self, wait_seconds: float) -> Iterator[dict[str, Any]]:
+        for message in super().messages(wait_seconds):
+            if message["type"] == "checkpoint" and Told.heard is not None:
+                Told.heard()
+                Told.heard = None
+            yield message
 
 
 @dataclass
@@ -69,7 +84,7 @@ class Service:
         return self.client.app.state.context  # type: ignore[attr-defined]
 
     def publish(self, base: str, method: str) -> str:
-        folder = self.folder / f"{base}-{method}"
+        folder = self.folder / f"{base}-{method}-{len(list(self.folder.iterdir()))}"
         folder.mkdir()
         source = locate(find_base(base, self.models_dir))
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
@@ -95,9 +110,9 @@ class Service:
         jobs.publish(self.ctx.db, claim(self.ctx.db).lease, [], [made], {}, START, GRACE)
         return made.id
 
-    def submit(self, model_id: str, **spec: Any) -> str:
+    def submit(self, model_id: str, times: int = 1, **spec: Any) -> str:
         file = io.StringIO(newline="")
-        csv.writer(file).writerows([("text", "n"), *((text, i) for i, text in enumerate(TEXTS))])
+        csv.writer(file).writerows([("text", "n"), *((text, i) for i, text in enumerate(TEXTS * times))])
         form = {"spec": json.dumps({"kind": "predict", "model": model_id} | spec)}
         answer = self.client.post("/jobs", files={"file": ("t.csv", file.getvalue().encode())}, data=form)
         assert answer.status_code == 202, answer.text
@@ -191,3 +206,23 @@ def test_a_job_whose_child_is_killed_between_blocks_goes_on_and_leaves_the_same_
         garbage = session.scalars(select(Garbage.prefix)).all()
     assert any(half in prefix and prefix.endswith("/parts") for prefix in garbage)
     assert any(broken in prefix and prefix.endswith("/predictions.csv") for prefix in garbage)
+
+
+@pytest.mark.more
+def test_a_cancel_takes_under_five_seconds_and_a_retry_goes_on(service: Service) -> None:
+    job_id, asked = service.submit(service.publish(QWEN3, "lora"), times=40), 0.0
+
+    def cancel() -> None:
+        nonlocal asked
+        asked = time.monotonic()
+        assert service.client.post(f"/jobs/{job_id}/cancel").status_code == 202
+
+    Told.heard = cancel
+    service.work(Told)
+    assert asked
+    assert time.monotonic() - asked < 5
+    assert service.job(job_id)["status"] == "cancelled"
+    assert service.client.post(f"/jobs/{job_id}/retry").status_code == 202
+    service.work()
+    assert service.job(job_id)["summary"]["n_rows"] == 40 * len(TEXTS)
+    assert len(service.rows(job_id)) == 40 * len(TEXTS)
