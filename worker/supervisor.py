@@ -161,6 +161,9 @@ class Attempt:
             ended = child.ended() is not None  # asked first: what it said before its end is still to be heard
             for message in child.messages(0 if ended else _LOOK_SECONDS):
                 self._heard(message, outcome)
+                if not ended:  # here too: a child may talk without a pause
+                    self._keep_lease()
+                    self._stop_where_due(child)
             if ended:
                 return outcome
             self._keep_lease()
