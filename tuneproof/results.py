@@ -118,7 +118,10 @@ class Recommendation(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Result):
+    """`labels` are of a job that predicts: how many rows got each, most first."""
+
     headline: str
+    labels: tuple[LabelCount, ...] = ()
     recommendation: Recommendation | None = None
     methods: Mapping[str, MethodScore] = field(default_factory=dict)
 

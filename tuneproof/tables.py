@@ -130,7 +130,7 @@ def prediction_frame(texts: pd.Series[Any], predictions: Mapping[int, Prediction
 def read_predictions(content: bytes) -> pd.DataFrame:
     """`predictions.csv`: texts and labels as strings (a label may be called "NA"), figures as numbers.
 
-    An empty answer, of a method that gave none or was not asked, is missing.
+    An empty answer is missing: a method gave none or was not asked, or the row has no text.
     """
     import pandas as pd
 
@@ -138,8 +138,8 @@ def read_predictions(content: bytes) -> pd.DataFrame:
     for column in frame.columns:
         if column in ("row_id", "in_baseline_subset"):
             frame[column] = frame[column].astype("int64")
-        elif column.endswith(("_confidence", "_label_probability")):
+        elif column.endswith(("confidence", "_label_probability")) or column.startswith("probability_"):
             frame[column] = pd.to_numeric(frame[column].mask(frame[column] == ""))
-        elif column not in ("split", "text", "label") and not column.endswith("_raw"):
+        elif column not in ("split", "text") and not column.endswith("_raw"):
             frame[column] = frame[column].mask(frame[column] == "")
-    return frame.astype({"in_baseline_subset": bool})
+    return frame.astype({"in_baseline_subset": bool}) if "in_baseline_subset" in frame else frame

@@ -50,7 +50,7 @@ def write_predictions(
         suffixes = ["", "_confidence", "_label_probability", "_raw"]
         header += [method + suffix for suffix, column in zip(suffixes, columns[method], strict=True) if column]
     with path.open("w", encoding="utf-8", newline="") as file:
-        write = _csv_writer(file)
+        write = csv_writer(file)
         write(header)
         for part in ("validation", "test"):
             for i in split.part(part):
@@ -81,13 +81,13 @@ def flips(
 
 def write_flips(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        write = _csv_writer(file)
+        write = csv_writer(file)
         write(FLIP_COLUMNS)
         for row in rows:
             write([row[column] for column in FLIP_COLUMNS])
 
 
-def _csv_writer(file: TextIO) -> Callable[[Sequence[str]], object]:
+def csv_writer(file: TextIO) -> Callable[[Sequence[str]], object]:
     """Writes one row; Python's own leaves a lone carriage return unquoted, and would read it as the row's end."""
     plain, quoted = (csv.writer(file, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
     return lambda row: (quoted if any("\r" in cell for cell in row) else plain).writerow(row)

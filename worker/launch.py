@@ -41,10 +41,12 @@ class LocalChild:
     Its threads sleep while they wait: where others want the same cores, spinning ones made it 3.5 times slower.
     """
 
+    program = ("-m", "worker.child")
+
     def __init__(self, folder: Path) -> None:
         with (folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "worker.child", str(folder)],
+                [sys.executable, "-P", *self.program, str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                 env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
             )  # fmt: skip

@@ -23,7 +23,7 @@ class Reporter:
 
     stream: TextIO
     clock: Callable[[], float] = time.monotonic
-    _without: set[str] = field(default_factory=set, init=False)
+    _shares: Mapping[str, float] = field(default_factory=lambda: STAGES, init=False)
     _stage: str = field(default="prepare", init=False)
     _fraction: float = field(default=0.0, init=False)
     _started: float = field(init=False)
@@ -34,21 +34,27 @@ class Reporter:
 
     def leave_out(self, **stages: bool) -> None:
         """Stages this job does not have, by name."""
-        self._without = {name for name, without in stages.items() if without}
+        self.weigh({name: share for name, share in STAGES.items() if not stages.get(name)})
+
+    def weigh(self, shares: Mapping[str, float]) -> None:
+        """The stages this job has, in order, and their shares of the whole."""
+        self._shares = shares
 
     def stage(self, name: str) -> None:
         self._stage = name
         self.progress(0.0, name, always=True)
 
-    def progress(self, share: float, message: str, *, always: bool = False) -> None:
-        """`share` of the stage at hand is done."""
+    def progress(self, share: float, message: str, *, always: bool = False, eta_seconds: float | None = None) -> None:
+        """`share` of the stage at hand is done; `eta_seconds` where the caller knows better than by the whole."""
         now = self.clock()
         if not always and now - self._last < _LEAST_SECONDS_BETWEEN:
             return
         self._last = now
         self._fraction = max(self._fraction, self._whole(min(max(share, 0.0), 1.0)))
         elapsed = now - self._started
-        eta = elapsed * (1 - self._fraction) / self._fraction if self._fraction > 0.05 else None
+        eta = eta_seconds
+        if eta is None and self._fraction > 0.05:
+            eta = elapsed * (1 - self._fraction) / self._fraction
         self._send("progress", stage=self._stage, fraction=self._fraction, message=message, eta_seconds=eta)
 
     def part(self, start: float, stop: float) -> Callable[[float, str], None]:
@@ -71,10 +77,9 @@ class Reporter:
         self._send("error", code=code, message=message, hint=hint)
 
     def _whole(self, share: float) -> float:
-        weights = {name: weight for name, weight in STAGES.items() if name not in self._without}
-        names = list(weights)
-        done = sum(weights[name] for name in names[: names.index(self._stage)])
-        return (done + share * weights[self._stage]) / sum(weights.values())
+        names = list(self._shares)
+        done = sum(self._shares[name] for name in names[: names.index(self._stage)])
+        return (done + share * self._shares[self._stage]) / sum(self._shares.values())
 
     def _send(self, message_type: str, **body: Any) -> None:
         self.stream.write(json.dumps({"type": message_type, **body}, ensure_ascii=True) + "\n")

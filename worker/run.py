@@ -1,5 +1,7 @@
 """One job in one process: a folder with a table and a spec in, artifacts out. No database, no HTTP.
 
+What follows is an experiment, or half of one; a job of kind `predict` is `worker.bulk`'s.
+
     folder/dataset          the uploaded file, as it came
     folder/job.json         a `JobFile`; `{}` runs an experiment with every default
     folder/checkpoints/     where an earlier attempt stood, if there was one
@@ -34,6 +36,7 @@ from service.ml.evidence import same_texts
 from service.ml.manifest import FILE as MANIFEST
 from service.ml.manifest import Manifest, sha256_of
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
+from worker.bulk import Bulk
 from worker.compare import COST_ORDER, MethodAnswers, compare_all, unproven
 from worker.learning_curve import TRAINED, LearningCurve, main_part
 from worker.methods.embedding_logreg import EmbeddingLogreg
@@ -369,9 +372,10 @@ def main(arguments: list[str]) -> int:
     # Libraries print where they like; standard output belongs to the messages alone.
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    reporter = Reporter(messages)
+    folder, reporter = Path(arguments[0]), Reporter(messages)
+    spec = json.loads((folder / "job.json").read_text(encoding="utf-8")).get("spec", {})
     try:
-        Experiment(Path(arguments[0]), reporter).run()
+        (Bulk if spec.get("kind") == "predict" else Experiment)(folder, reporter).run()
     except _Stopped:
         return STOPPED
     except (torch.OutOfMemoryError, MemoryError):

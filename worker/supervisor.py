@@ -22,8 +22,8 @@ from service.core.settings import Settings
 from service.db import catalog, jobs
 from service.db.engine import Database
 from service.db.jobs import Claimed, Lease, NewArtifact, NewModel, Progress
-from service.db.models import Dataset
-from service.storage import Storage
+from service.db.models import Dataset, Model
+from service.storage import Storage, Stored
 from worker.launch import Child, Launcher, LocalChild
 
 TEXT_ARTIFACTS = frozenset({"predictions.csv", "flips.csv", "report.html", "prompt.json"})
@@ -106,6 +106,8 @@ class Attempt:
         self._stage_told: str | None = None
         self._stop_asked: float | None = None
         self._last_word: float | None = None
+        self._stored: dict[str, Stored] = {}
+        self._kept: str | None = None
 
     def run(self) -> None:
         """From the staged folder to the published result, or whatever end it takes."""
@@ -118,25 +120,33 @@ class Attempt:
         self._finish(child, outcome)
 
     def _stage(self) -> None:
-        """Fetches the dataset and the last checkpoint into the child's folder."""
+        """Fetches the dataset, the model that is to label it, and the last checkpoint into the child's folder."""
+        predicts, spec = self.claimed.kind == "predict", self.claimed.spec
         with self.db.read() as session:
             dataset = session.get(Dataset, self.claimed.dataset_id)
-        if dataset is None:  # not possible while the job is open; a restored backup may do it
-            self._fail({"code": "invalid_data", "message": "The job's dataset is gone.", "hint": "Upload it again."})
+            model = session.get(Model, spec["model"]) if predicts else None
+        if dataset is None or (predicts and model is None):
+            # Not possible while the job is open; a restored backup may do it.
+            gone, hint = ("dataset", "Upload it again.") if dataset is None else ("model", "Name another one.")
+            self._fail({"code": "invalid_data", "message": f"The job's {gone} is gone.", "hint": hint})
             raise LeaseLost("the job has ended")
         self.place.mkdir(parents=True)
         self.storage.fetch(dataset.storage_key, self.place / "dataset")
+        if model is not None:
+            for name in model.files:
+                with contextlib.suppress(FileNotFoundError):  # the child says what it misses
+                    self.storage.fetch(f"{model.storage_prefix}/{name}", self.place / "model" / name)
         if self.claimed.checkpoint_prefix is not None:
             name = self.claimed.checkpoint_prefix.rpartition("/")[2]
             self.storage.fetch_folder(self.claimed.checkpoint_prefix, self.place / "checkpoints" / name)
         profile = dataset.profile
         known = {"id": dataset.id, "name": dataset.name, "sha256": dataset.sha256, "n_rows": profile["n_rows"]}
         models_dir = self.settings.models_dir
-        named = endpoint_name(self.claimed.spec["baseline"]["prompt_model"])
+        named = None if predicts else endpoint_name(spec["baseline"]["prompt_model"])
         endpoint = None if named is None else self.settings.prompt_endpoints.get(named)
         job = {
             "job_id": self.lease.job_id,
-            "spec": self.claimed.spec,
+            "spec": spec,
             "table": profile["format"],
             "dataset": known | {"warnings": profile["warnings"]},
             "models_dir": str(models_dir.absolute()) if models_dir else None,
@@ -152,6 +162,9 @@ class Attempt:
             ended = child.ended() is not None  # asked first: what it said before its end is still to be heard
             for message in child.messages(0 if ended else _LOOK_SECONDS):
                 self._heard(message, outcome)
+                if not ended:  # here too: a child may talk without a pause
+                    self._keep_lease()
+                    self._stop_where_due(child)
             if ended:
                 return outcome
             self._keep_lease()
@@ -182,12 +195,14 @@ class Attempt:
         prefix = f"jobs/{self.lease.job_id}/checkpoints/{self.lease.attempt}-{self.lease.token}/{folder.name}"
         # A child that is ahead may have removed it by now; the next one is on its way.
         with contextlib.suppress(FileNotFoundError):
-            self.storage.put_folder(folder, prefix)
             try:
+                self._put_all(folder, prefix)
                 jobs.keep_checkpoint(self.db, self.lease, prefix, self._now(), self.supervisor.grace)
             except LeaseLost:
-                self.storage.delete(prefix)
+                if prefix != self._kept:  # else it is where the next attempt goes on from, less what is not whole
+                    self.storage.delete(prefix)
                 raise
+            self._kept = prefix
 
     def _keep_lease(self) -> None:
         now = time.monotonic()
@@ -274,13 +289,16 @@ class Attempt:
         )  # fmt: skip
 
     def _put_all(self, folder: Path, prefix: str) -> list[tuple[str, Any]]:
-        """Stores every file of a folder, keeping the lease meanwhile."""
+        """Stores every file of a folder, each once however often that is asked, keeping the lease meanwhile."""
         stored = []
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             name = file.relative_to(folder).as_posix()
-            with file.open("rb") as stream:
-                stored.append((name, self.storage.put(stream, f"{prefix}/{name}")))
-            self._keep_lease()
+            key = f"{prefix}/{name}"
+            if key not in self._stored:
+                with file.open("rb") as stream:
+                    self._stored[key] = self.storage.put(stream, key)
+                self._keep_lease()
+            stored.append((name, self._stored[key]))
         return stored
 
     def _report(self, **what: Any) -> None:

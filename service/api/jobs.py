@@ -150,14 +150,18 @@ def get_artifact(request: Request, ctx: Ctx, job_id: str, name: str) -> Response
 
 
 def check_spec(ctx: Context, spec: JobSpec) -> None:
-    """What can be refused before anything is stored. Raises InvalidInput."""
-    if spec.kind == "predict":
+    """What can be refused before anything is stored. Raises InvalidInput, NotFound."""
+    if misplaced := spec.misplaced():
         raise InvalidInput(
-            "Jobs of kind 'predict' are not in this version yet; call POST /predict with up to 1,024 texts at a time.",
-            errors=[{"loc": ["kind"], "message": "expected experiment, train or baseline"}],
+            f"A job of kind {spec.kind!r} takes no {', '.join(misplaced)}. Leave out what is listed, or name another "
+            "kind.",
+            errors=[{"loc": [name], "message": f"not for kind {spec.kind!r}"} for name in misplaced],
         )
     if spec.webhook_url is not None:
         refuse_webhook(spec.webhook_url, ctx.settings.webhook_origins)
+    if spec.kind == "predict":
+        _refuse_unknown_model(ctx, spec.model)
+        return
     models_dir = ctx.settings.models_dir
     base = find_base(EMBEDDED if spec.base_model == "auto" else spec.base_model, models_dir)
     if (endpoint := endpoint_name(spec.baseline.prompt_model)) is not None:
@@ -183,8 +187,19 @@ def _refuse_unknown_endpoint(ctx: Context, name: str) -> None:
         )
 
 
+def _refuse_unknown_model(ctx: Context, id_or_alias: str | None) -> None:
+    if id_or_alias is None:
+        raise InvalidInput(
+            "A job of kind 'predict' needs `model`, the id or an alias of a published model. List them with "
+            "GET /models and GET /aliases.",
+            errors=[{"loc": ["model"], "message": "missing"}],
+        )
+    with ctx.db.read() as session:
+        catalog.find_model(session, id_or_alias)
+
+
 def refuse_unlabelled(spec: JobSpec, *, labelled: bool) -> None:
-    if not labelled:
+    if not labelled and spec.kind != "predict":
         raise InvalidData(
             f"A job of kind '{spec.kind}' needs labels, and this dataset was uploaded without. Upload it again with "
             "labelled=true."
@@ -196,6 +211,8 @@ def _start_on_upload(ctx: Context, upload: UploadFile, form: DatasetForm, spec: 
     if spec.dataset_id is not None:
         raise InvalidInput("Send either `file` or `dataset_id`, not both.")
     check_spec(ctx, spec)
+    if spec.kind == "predict" and "labelled" not in form.model_fields_set:
+        form = form.model_copy(update={"labelled": False})
     refuse_unlabelled(spec, labelled=form.labelled)
     return store(ctx, upload, form, lambda session, dataset: _submit(ctx, session, dataset, spec, claim))
 
@@ -215,11 +232,13 @@ def _start(ctx: Context, spec: JobSpec, claim: Claim) -> Answer:
 def _submit(ctx: Context, session: Session, dataset: Dataset, spec: JobSpec, claim: Claim) -> Answer:
     refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
     _refuse_unknown_labels(spec, {label["label"] for label in dataset.profile["labels"]})
-    name = spec.name or dataset.name
+    kept = spec.kept() | {"name": spec.name or dataset.name}
+    model_id = None
+    if spec.model is not None:  # the one an alias points to now, and which stays until the job has ended
+        kept["model"] = model_id = catalog.find_model(session, spec.model, lock=True).id
     job = jobs.submit(
-        session, kind=spec.kind, name=name, dataset_id=dataset.id, metadata=spec.metadata, now=ctx.clock(),
-        spec=spec.model_dump(exclude={"model", "metadata", "dataset_id", "webhook_url"}) | {"name": name},
-        webhook_url=spec.webhook_url,
+        session, kind=spec.kind, name=kept["name"], dataset_id=dataset.id, metadata=spec.metadata, now=ctx.clock(),
+        spec=kept, webhook_url=spec.webhook_url, model_id=model_id,
     )  # fmt: skip
     return keep(session, claim, 202, _job_out(session, job).model_dump(mode="json"), f"/jobs/{job.id}")
 

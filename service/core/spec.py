@@ -1,7 +1,7 @@
 """What a job is asked to do. One definition, for the API that checks it and the worker that runs it."""
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -11,6 +11,8 @@ Kind = Literal["experiment", "train", "baseline", "predict"]
 BaselineMethod = Literal["majority", "tfidf_logreg", "embedding_logreg", "zero_shot"]
 Decoding = Literal["free", "constrained"]
 MAX_SEED = 2**32 - 1
+OF_EVERY_JOB = {"kind", "name", "dataset_id", "metadata", "webhook_url"}
+OF_PREDICT = {"model", "top_k", "min_confidence"}
 
 
 class _Part(BaseModel):
@@ -126,6 +128,12 @@ class JobSpec(_Part):
         Field(repr=False, description="Called when the job has ended; only its host is ever shown."),
     ] = None
     model: Annotated[str, Field(max_length=64, description="For kind `predict`: a model's id or alias.")] | None = None
+    top_k: (
+        Annotated[int, Field(ge=1, le=20, description="For kind `predict`: how many labels with probabilities.")] | None
+    ) = None
+    min_confidence: Annotated[
+        float, Field(ge=0, le=1, description="For kind `predict`: below it the label is left open.")
+    ] = 0.0
 
     @field_validator("learning_curve")
     @classmethod
@@ -133,6 +141,18 @@ class JobSpec(_Part):
         if any(share >= following for share, following in pairwise(shares)):
             raise ValueError("the shares of learning_curve must ascend, such as [0.1, 0.25, 0.5, 1.0]")
         return shares
+
+    def misplaced(self) -> list[str]:
+        """Fields that were given and that say nothing about a job of this kind."""
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        return sorted(given - OF_EVERY_JOB - OF_PREDICT if self.kind == "predict" else given & OF_PREDICT)
+
+    def kept(self) -> dict[str, Any]:
+        """What a job keeps of it as its `spec`."""
+        about = {"metadata", "dataset_id", "webhook_url"}
+        if self.kind == "predict":
+            return self.model_dump(include=(OF_EVERY_JOB | OF_PREDICT) - about)
+        return self.model_dump(exclude=OF_PREDICT | about)
 
     @property
     def runs_baselines(self) -> bool:

@@ -50,12 +50,11 @@ def remove_dataset(session: Session, dataset_id: str, now: datetime, grace: time
     session.delete(dataset)
 
 
-def find_model(session: Session, id_or_alias: str) -> Model:
-    """The model of that id, or the one an alias points to now."""
-    model = session.get(Model, id_or_alias)
-    if model is None:
-        query = select(Model).join(Alias, Alias.model_id == Model.id).where(Alias.alias == id_or_alias)
-        model = session.scalars(query).one_or_none()
+def find_model(session: Session, id_or_alias: str, *, lock: bool = False) -> Model:
+    """The model of that id, or the one an alias points to now; locked, it stays until the transaction ends."""
+    pointed = select(Alias.model_id).where(Alias.alias == id_or_alias)
+    query = select(Model).where((Model.id == id_or_alias) | Model.id.in_(pointed))  # no alias is like an id
+    model = session.scalars(query.with_for_update(read=True) if lock else query).one_or_none()
     if model is None:
         raise NotFound("No model has that id or alias. List them with GET /models and GET /aliases.")
     return model
@@ -91,8 +90,11 @@ def aliases_of(session: Session, model_ids: Sequence[str]) -> dict[str, list[str
 
 
 def remove_model(session: Session, model_id: str, now: datetime, grace: timedelta) -> None:
-    """Deletes a model. Raises Conflict while an alias points to it."""
-    model = get_model(session, model_id)
+    """Deletes a model. Raises Conflict while an alias points to it, or a job predicts with it."""
+    model = session.get(Model, model_id, with_for_update=True) or get_model(session, model_id)
+    waiting = session.scalars(jobs.open_jobs_with(model_id).limit(1)).first()
+    if waiting is not None:
+        raise Conflict(f"{waiting} is still to predict with this model. Wait for it, or cancel it, then delete.")
     names = aliases_of(session, [model_id])[model_id]
     if names:
         raise Conflict(f"The alias {names[0]!r} points to this model. Point it to another one, or delete it, first.")

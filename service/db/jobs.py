@@ -76,13 +76,13 @@ class NewModel:
 
 def submit(
     session: Session, *, kind: str, name: str, dataset_id: str, spec: dict[str, Any], metadata: dict[str, Any],
-    now: datetime, webhook_url: str | None = None,
+    now: datetime, webhook_url: str | None = None, model_id: str | None = None,
 ) -> Job:  # fmt: skip
-    """Queues a job. Raises NotFound where its dataset is gone."""
+    """Queues a job; `model_id` is the model it is to predict with. Raises NotFound where its dataset is gone."""
     if session.get(Dataset, dataset_id) is None:
         raise NotFound("No dataset has that id. List them with GET /datasets, or upload one with POST /datasets.")
     job = Job(
-        id=new_id("job"), kind=kind, name=name, status="queued", stage=None, dataset_id=dataset_id, model_id=None,
+        id=new_id("job"), kind=kind, name=name, status="queued", stage=None, dataset_id=dataset_id, model_id=model_id,
         spec=spec, job_metadata=metadata, summary=None, error=None, created_at=now, webhook_url=webhook_url,
     )  # fmt: skip
     session.add(job)
@@ -189,8 +189,8 @@ def publish(
         lora = next((model.id for model in models if model.method == "lora"), None)
         final = {
             "status": "succeeded", "finished_at": now, "summary": summary, "progress_fraction": 1.0,
-            "progress_message": "done", "eta_seconds": 0.0, "model_id": lora, "checkpoint_prefix": None, "error": None,
-        }  # fmt: skip
+            "progress_message": "done", "eta_seconds": 0.0, "checkpoint_prefix": None, "error": None,
+        } | ({} if lora is None else {"model_id": lora})  # fmt: skip
         _held(session, lease, final | _NO_LEASE, statuses=("running",))
         name = session.scalars(select(Job.name).where(Job.id == lease.job_id)).one()
         version = session.scalars(select(func.coalesce(func.max(Model.version), 0)).where(Model.name == name)).one()
@@ -280,6 +280,8 @@ def retry(session: Session, job_id: str, now: datetime) -> Job:
         raise Conflict(f"Only a failed or cancelled job can be retried; this one is {job.status}.")
     if session.get(Dataset, job.dataset_id) is None:
         raise Conflict("The job's dataset was deleted. Upload it again and start a new job.")
+    if job.model_id is not None and session.get(Model, job.model_id, with_for_update={"read": True}) is None:
+        raise Conflict("The model that the job predicts with was deleted. Start a new job with another one.")
     for name, value in _QUEUED.items():
         setattr(job, name, value)
     job.failures, job.error, job.finished_at = 0, None, None
@@ -312,6 +314,11 @@ def open_jobs_on(dataset_id: str) -> Select[str]:
     return select(Job.id).where(Job.dataset_id == dataset_id, Job.status.not_in(TERMINAL))
 
 
+def open_jobs_with(model_id: str) -> Select[str]:
+    """Ids of jobs that have not ended and predict with the model."""
+    return select(Job.id).where(Job.model_id == model_id, Job.status.not_in(TERMINAL))
+
+
 def drop_texts(session: Session, dataset_id: str, now: datetime, grace: timedelta) -> None:
     """Deletes the artifacts that hold texts of a dataset, of all its jobs."""
     of_dataset = select(Job.id).where(Job.dataset_id == dataset_id)
@@ -319,7 +326,7 @@ def drop_texts(session: Session, dataset_id: str, now: datetime, grace: timedelt
     for artifact in found:
         _discard(session, artifact.storage_key, now + grace)
         session.delete(artifact)
-    # A checkpoint holds weights, but the job cannot go on from it without its texts.
+    # A checkpoint holds weights, or texts that are labelled already; without the others the job cannot go on from it.
     for job in session.scalars(select(Job).where(Job.dataset_id == dataset_id, Job.checkpoint_prefix.is_not(None))):
         _discard(session, job.checkpoint_prefix, now + grace)
         job.checkpoint_prefix = None

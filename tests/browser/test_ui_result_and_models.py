@@ -3,6 +3,7 @@
 The engine is scripted: what it answers is tested elsewhere.
 """
 
+import io
 import json
 import os
 import re
@@ -22,12 +23,14 @@ from sklearn.metrics import confusion_matrix
 from statsmodels.stats.proportion import proportion_confint
 
 from service.core.errors import BaseLoading
-from service.db import catalog
+from service.core.spec import JobSpec
+from service.db import catalog, jobs
+from service.db.jobs import NewArtifact
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
 from tests.browser.finished_jobs import Finished, leave
 from tests.integration.conftest import QuietEngine, listening, make_app
-from tests.rows import GRACE, START
+from tests.rows import GRACE, START, claim
 
 pytestmark = pytest.mark.more
 
@@ -286,6 +289,39 @@ def test_jobs_of_one_half_show_what_they_have(site: Site, tab: Callable[..., Pag
         assert main.get_by_role("tab").count() == 0
     else:
         expect(main.get_by_role("tab", name="curl")).to_be_visible()
+
+
+def test_a_job_that_predicts_shows_how_many_rows_got_each_label_and_its_file(
+    site: Site, tab: Callable[..., Page]
+) -> None:
+    db, model_id = site.context.db, site.jobs["whole"].model_ids["lora"]
+    summary = {
+        "headline": "990 of 1,000 rows labelled; 10 without a text.", "model_id": model_id, "n_rows": 1000,
+        "labels": [{"label": "<b>refund", "count": 900}, {"label": "fee", "count": 90}], "rows_per_second": 123.4,
+    }  # fmt: skip
+    with db.write() as session:
+        job = jobs.submit(
+            session, kind="predict", name="a whole file", dataset_id=site.jobs["whole"].dataset_id, metadata={},
+            spec=JobSpec(kind="predict", model=model_id).kept(), now=START, model_id=model_id,
+        )  # fmt: skip
+    lease = claim(db).lease
+    stored = site.context.storage.put(io.BytesIO(b"row_id,text,label,confidence\n"), f"{lease.prefix}/predictions.csv")
+    artifact = NewArtifact("predictions.csv", stored.size_bytes, stored.sha256, stored.key, holds_texts=True)
+    page = tab()
+    page.goto(f"{site.url}/ui/#/job/{job.id}")
+    expect(page.get_by_role("list", name="Stages").get_by_role("listitem")).to_have_text(
+        [re.compile(name) for name in ("Prepare", "Predictions", "Publishing")]
+    )
+    jobs.publish(db, lease, [artifact], [], summary, START, GRACE)
+    expect(page.get_by_role("heading", name="990 of 1,000 rows labelled")).to_be_visible()
+    rows = page.get_by_role("region", name="Rows by label").get_by_role("row")
+    assert rows.all_inner_texts() == ["Label\tRows\tShare", "<b>refund\t900\t90.0 %", "fee\t90\t9.0 %"]
+    with page.expect_download() as downloaded:
+        page.get_by_role("link", name="Download predictions.csv").click()
+    assert downloaded.value.path().read_bytes() == b"row_id,text,label,confidence\n"
+    assert not set(page.locator("main").inner_text().split()) & {"undefined", "null", "NaN", "[object"}
+    page.goto(f"{site.url}/ui/#/jobs")
+    expect(page.get_by_role("listitem").filter(has_text="a whole file")).to_contain_text("predict, asked for")
 
 
 def test_rows_that_went_with_their_dataset_are_said_to_be_gone(

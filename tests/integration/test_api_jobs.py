@@ -262,9 +262,95 @@ def test_a_base_model_off_the_list_is_422_and_the_list_is_told(client: TestClien
     assert "minilm" in problem_of(post(client, **nested(field, name)), 422, "unknown_base_model")["detail"]
 
 
-def test_jobs_that_predict_are_not_yet_offered_and_say_so(client: TestClient) -> None:
-    body = problem_of(post(client, kind="predict", model="mdl_0"), 422, "invalid_input")
-    assert "POST /predict" in body["detail"]
+# Predicting ---------------------------------------------------------------------------------------
+@pytest.fixture
+def predicting(start: Start) -> tuple[TestClient, str]:
+    """An API without other jobs, and a model that `prod` points to."""
+    client = start()
+    model_id = add_published(context(client).db, context(client).storage)[1]
+    assert client.put("/aliases/prod", json={"model_id": model_id}).status_code == 200
+    return client, model_id
+
+
+def test_a_job_that_predicts_keeps_the_one_model_that_its_alias_points_to(predicting: tuple[TestClient, str]) -> None:
+    client, model_id = predicting
+    job = post(client, kind="predict", model="prod", top_k=2).json()
+    assert (job["kind"], job["status"], job["model_id"], job["name"]) == ("predict", "queued", model_id, "tickets")
+    assert job["spec"] == {
+        "kind": "predict", "name": "tickets", "model": model_id, "top_k": 2, "min_confidence": 0.0
+    }  # fmt: skip
+    assert [one["id"] for one in client.get("/jobs", params={"kind": "predict"}).json()["data"]] == [job["id"]]
+
+
+def test_a_file_to_predict_needs_no_labels_and_may_say_that_it_has_some(predicting: tuple[TestClient, str]) -> None:
+    client, model_id = predicting
+    form = {"spec": json.dumps({"kind": "predict", "model": model_id})}
+    answer = client.post("/jobs", files={"file": ("t.csv", b'text\nhello there\n""\n')}, data=form)
+    assert answer.status_code == 202, answer.text
+    dataset = client.get(f"/datasets/{answer.json()['dataset_id']}").json()
+    assert (dataset["labels"], dataset["n_rows"], dataset["label_column"]) == ([], 2, None)
+    asked = client.post("/jobs", files={"file": ("t.csv", b"text\nhello there\n")}, data=form | {"labelled": "true"})
+    problem_of(asked, 422, asked.json()["code"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"kind": "predict", "model": "prod", "seed": 1}, "seed"),
+        ({"kind": "predict", "model": "prod", "train": {}}, "train"),
+        ({"kind": "predict", "model": "prod", "base_model": "minilm"}, "base_model"),
+        ({"kind": "predict"}, "model"),
+        ({"kind": "predict", "model": "prod", "top_k": 21}, "top_k"),
+        ({"kind": "predict", "model": "prod", "min_confidence": 1.5}, "min_confidence"),
+        ({"kind": "train", "model": "prod"}, "model"),
+        ({"top_k": 3}, "top_k"),
+        ({"min_confidence": 0.5}, "min_confidence"),
+    ],
+)
+def test_fields_that_say_nothing_about_a_kind_of_job_are_422_and_named(
+    predicting: tuple[TestClient, str], spec: dict[str, Any], field: str
+) -> None:
+    client, _ = predicting
+    body = problem_of(post(client, **spec), 422, "invalid_input")
+    assert [entry["loc"] for entry in body["errors"]] == [[field]]
+
+
+def test_a_model_that_nobody_published_is_404_and_leaves_no_dataset(predicting: tuple[TestClient, str]) -> None:
+    client, _ = predicting
+    problem_of(post(client, kind="predict", model="mdl_0"), 404, "not_found")
+    before = client.get("/datasets").json()
+    form = {"spec": json.dumps({"kind": "predict", "model": "staging"})}
+    problem_of(client.post("/jobs", files={"file": ("t.csv", b"text\nhello\n")}, data=form), 404, "not_found")
+    assert client.get("/datasets").json() == before
+
+
+def test_a_model_stays_while_a_job_is_to_predict_with_it(predicting: tuple[TestClient, str]) -> None:
+    client, model_id = predicting
+    job = post(client, kind="predict", model=model_id).json()
+    assert client.delete("/aliases/prod").status_code == 204
+    assert job["id"] in problem_of(client.delete(f"/models/{model_id}"), 409, "conflict")["detail"]
+    assert client.post(f"/jobs/{job['id']}/cancel").json()["status"] == "cancelled"
+    assert client.delete(f"/models/{model_id}").status_code == 204
+    problem_of(client.post(f"/jobs/{job['id']}/retry"), 409, "conflict")
+
+
+def test_one_key_makes_one_job_that_predicts_also_when_the_alias_has_moved(
+    predicting: tuple[TestClient, str],
+) -> None:
+    client, model_id = predicting
+    body = {"dataset_id": add_dataset(context(client).db), "kind": "predict", "model": "prod"}
+    first = client.post("/jobs", json=body, headers={"Idempotency-Key": "k"})
+    second = add_published(context(client).db, context(client).storage, name="other")[1]
+    assert client.put("/aliases/prod", json={"model_id": second, "force": True}).status_code == 200
+    again = client.post("/jobs", json=body, headers={"Idempotency-Key": "k"})
+    assert again.json() == first.json()
+    assert again.json()["model_id"] == model_id
+
+
+def test_a_full_disk_takes_no_job_that_predicts(start: Start) -> None:
+    client = start(min_free_bytes=2**62)
+    model_id = add_published(context(client).db, context(client).storage)[1]
+    problem_of(post(client, kind="predict", model=model_id), 507, "low_disk")
 
 
 RAW: dict[str, str | bytes] = {

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import delete, select
 
 from service.core.settings import Settings
+from service.core.spec import JobSpec
 from service.db import catalog, jobs
 from service.db.engine import Database
 from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
@@ -388,6 +389,84 @@ def test_the_next_attempt_finds_the_checkpoint_of_the_one_before(bench: Bench) -
     bench.attempt(leaves(), RESULT)
     [prefix] = [row.prefix for row in bench.rows(Garbage) if "checkpoints" in row.prefix]
     assert prefix.endswith("epoch-1")
+
+
+def part(number: int) -> Callable[[FakeChild], None]:
+    """One more file in a folder that only grows."""
+
+    def write(child: FakeChild) -> None:
+        folder = child.folder / "checkpoints" / "parts"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.csv").write_text(f"part {number}")
+        child.steps.insert(0, {"type": "checkpoint", "folder": str(folder)})
+
+    return write
+
+
+def parts_of(child: FakeChild) -> list[str]:
+    return sorted(path.read_text() for path in (child.folder / "checkpoints" / "parts").iterdir())
+
+
+def test_of_a_checkpoint_that_grows_every_part_is_stored_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, puts = bench.storage.put, []
+
+    def put(source: Any, key: str) -> Any:
+        puts.append(key.rpartition("/")[2])
+        return real(source, key)
+
+    monkeypatch.setattr(bench.storage, "put", put)
+    bench.attempt(part(0), part(1), part(2), status=-9)
+    assert puts == ["0.csv", "1.csv", "2.csv"]
+    seen: list[list[str]] = []
+    bench.attempt(lambda child: seen.append(parts_of(child)), part(3), status=-9)
+    assert seen == [["part 0", "part 1", "part 2"]]
+    assert puts[3:] == ["0.csv", "1.csv", "2.csv", "3.csv"]  # an attempt has a place of its own
+    bench.attempt(leaves(), RESULT)
+    assert len([row for row in bench.rows(Garbage) if "checkpoints" in row.prefix]) == 2
+
+
+def test_a_lease_lost_at_a_later_part_leaves_the_parts_that_the_next_attempt_goes_on_from(bench: Bench) -> None:
+    bench.attempt(part(0), bench.lose_lease, part(1))
+    seen: list[list[str]] = []
+    bench.attempt(lambda child: seen.append(parts_of(child)), leaves(), RESULT)
+    assert "part 0" in seen[0]
+
+
+def predicting(bench: Bench) -> Model:
+    """The bench's job becomes one that predicts with a published model, whose files are there."""
+    bench.attempt(leaves(), RESULT)
+    [model] = bench.rows(Model)
+    with bench.db.write() as session:
+        spec = JobSpec(kind="predict", model=model.id).kept()
+        job = jobs.submit(
+            session, kind="predict", name="bulk", dataset_id=bench.dataset_id, spec=spec, metadata={}, now=START,
+            model_id=model.id,
+        )  # fmt: skip
+        bench.job_id = job.id
+    return model
+
+
+def test_a_job_that_predicts_finds_its_model_and_keeps_naming_it(bench: Bench) -> None:
+    model, seen = predicting(bench), []
+    job = bench.attempt(
+        lambda child: seen.extend(path.name for path in (child.folder / "model").iterdir()),
+        leaves("predictions.csv"),
+        {"type": "result", "summary": {"headline": "1 of 1 rows labelled."}, "models": []},
+    )
+    assert sorted(seen) == sorted(model.files)
+    assert (job.status, job.model_id) == ("succeeded", model.id)
+    found = {row.name: row.holds_texts for row in bench.rows(Artifact) if row.job_id == job.id}
+    assert found["predictions.csv"]
+    assert len(bench.rows(Model)) == 1
+
+
+def test_a_job_whose_model_has_vanished_fails_as_invalid_data(bench: Bench) -> None:
+    predicting(bench)
+    with bench.db.write() as session:
+        session.execute(delete(Model))
+    assert bench.supervisor.work_once(bench.folder / "work")
+    assert bench.job.error is not None
+    assert (bench.job.error["code"], bench.job.error["message"]) == ("invalid_data", "The job's model is gone.")
 
 
 def test_a_checkpoint_that_is_gone_again_is_passed_over(bench: Bench) -> None:

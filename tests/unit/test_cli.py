@@ -104,6 +104,45 @@ def test_with_json_stdout_is_the_servers_json_alone(server: FakeServer, tickets:
     assert json.loads(tuneproof_command("models", "--json").stdout) == []
 
 
+PREDICTED = JOB | {
+    "kind": "predict",
+    "model_id": "mdl_1",
+    "summary": {"headline": "3 of 3 rows labelled.", "labels": [{"label": "refund [x]", "count": 3}]},
+}
+
+
+def test_a_whole_file_is_labelled_by_a_job_and_its_predictions_are_downloaded(
+    server: FakeServer, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server.answers |= {"POST /jobs": RUNNING, "GET /jobs/job_1": PREDICTED}
+    csv = b"row_id,text,label,confidence\n"
+    server.answers["GET /jobs/job_1/artifacts/predictions.csv"] = lambda request: httpx.Response(200, content=csv)
+    given = ["predict", "--model", "prod", "--file", str(tickets), "--text-column", "0", "--min-confidence", "0.5"]
+    assert "watch job_1" in tuneproof_command(*given).stdout
+    body = server.requests[0].content.decode()
+    assert '"kind": "predict", "model": "prod", "min_confidence": 0.5}' in body
+    assert 'name="text_column"\r\n\r\n0\r\n' in body
+    shown = tuneproof_command(*given, "--top-k", "2", "--watch")
+    assert shown.exit_code == 0
+    assert "refund [x] 3" in shown.stdout
+    assert "3 of 3 rows labelled." in shown.stdout
+    assert (tmp_path / "predictions-job_1.csv").read_bytes() == csv
+    assert json.loads(tuneproof_command(*given, "--output", "mine.csv", "--json").stdout) == PREDICTED
+    assert (tmp_path / "mine.csv").read_bytes() == csv
+
+
+def test_of_a_file_to_label_nothing_is_downloaded_where_the_job_failed(server: FakeServer, tickets: Path) -> None:
+    server.answers |= {"POST /jobs": RUNNING, "GET /jobs/job_1": FAILED}
+    assert tuneproof_command("predict", "--model", "prod", "--file", str(tickets), "--watch").exit_code == 1
+
+
+@pytest.mark.parametrize("more", [["a text", "--file"], ["--target-precision", "0.9", "--file"], ["a", "--output"]])
+def test_what_goes_with_a_file_alone_is_wrong_usage_without(server: FakeServer, tickets: Path, more: list[str]) -> None:
+    assert tuneproof_command("predict", "--model", "prod", *more, str(tickets)).exit_code == 2
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("spec", ["{", "[1]", "@no/such/file.json"])
 def test_a_spec_that_is_none_is_wrong_usage(server: FakeServer, tickets: Path, spec: str) -> None:
     result = tuneproof_command("submit", str(tickets), "--spec", spec)
@@ -135,7 +174,7 @@ def test_jobs_and_datasets_are_listed_with_what_tells_them_apart(server: FakeSer
         "GET /datasets": {"data": [DATASET], "has_more": False},
     }
     shown = tuneproof_command("jobs", "--limit", "1").stdout.splitlines()
-    assert re.fullmatch(r"job_1 running 42%  2026-03-01 \d\d:00 tickets \[x\] *", shown[1])
+    assert re.fullmatch(r"job_1 experiment running 42%  2026-03-01 \d\d:00 tickets \[x\] *", shown[1])
     shown = tuneproof_command("datasets").stdout.splitlines()
     assert re.fullmatch(r"ds_1 3    1      2026-03-01 \d\d:00 tickets \[x\] *", shown[1])
     assert json.loads(tuneproof_command("jobs", "--limit", "1", "--json").stdout)[0]["name"] == "tickets [x]"

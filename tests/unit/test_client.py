@@ -634,6 +634,23 @@ def test_predictions_come_as_a_frame_in_which_a_label_may_be_called_na(server: F
     assert frame["lora_confidence"].tolist() == [0.5, 1.0]
 
 
+def test_a_file_is_labelled_by_a_job_whose_predictions_come_as_a_frame_on_every_row(
+    server: FakeServer, tickets: Path
+) -> None:
+    server.answers["POST /jobs"] = JOB | {"kind": "predict", "model_id": "mdl_1"}
+    assert server.client().jobs.predict("prod", tickets, top_k=1, name="n").kind == "predict"
+    assert (
+        '{"kind": "predict", "model": "prod", "min_confidence": 0.0, "top_k": 1}' in server.requests[0].content.decode()
+    )
+    text = "row_id,text,label,confidence,label_1,probability_1\n0,a,NA,0.5,NA,0.5\n1,,,,,\n2,b,,0.25,x,0.25\n"
+    server.answers["GET /jobs/job_1/artifacts/predictions.csv"] = httpx.Response(200, text=text)
+    frame = server.client().jobs.predictions("job_1")
+    assert frame["label"].isna().tolist() == [False, True, True]
+    assert frame["text"].tolist() == ["a", "", "b"]
+    assert frame["confidence"].dropna().tolist() == frame["probability_1"].dropna().tolist() == [0.5, 0.25]
+    assert frame["label_1"].dropna().tolist() == ["NA", "x"]
+
+
 # Both of them -------------------------------------------------------------------------------------
 def test_the_client_without_await_is_made_from_the_one_with() -> None:
     found = {path.name: path.read_text("utf-8") for path in make_sync.MADE.glob("*.py")}

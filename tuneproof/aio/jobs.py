@@ -77,6 +77,31 @@ class AsyncJobs:
                 )
         return self._transport.parsed(Job, response)
 
+    async def predict(
+        self,
+        model: str,
+        source: Source | Dataset,
+        *,
+        top_k: int | None = None,
+        min_confidence: float = 0.0,
+        idempotency_key: str | None = None,
+        **options: Unpack[TableOptions],
+    ) -> Job:
+        """Start a job that labels every text of a file, for more of them than `client.predict` takes.
+
+        Args:
+            model: Its id, or an alias; the one it points to now does all of it.
+            source: As for `submit`; no column of labels is needed.
+            top_k: How many labels to write with their probabilities, besides the answer.
+            min_confidence: Below it the label is left open.
+            idempotency_key: As for `submit`.
+            options: As for `submit`.
+        """
+        spec: dict[str, Any] = {"kind": "predict", "model": model, "min_confidence": min_confidence}
+        if top_k is not None:
+            spec["top_k"] = top_k
+        return await self.submit(source, spec, idempotency_key=idempotency_key, **options)
+
     async def get(self, job_id: str) -> Job:
         return await self._transport.get(Job, at("jobs", job_id))
 
@@ -177,7 +202,7 @@ class AsyncJobs:
         return cast(dict[str, Any], self._transport.json(response))
 
     async def predictions(self, job_id: str) -> pd.DataFrame:
-        """`predictions.csv`: the validation and test rows with every method's answer."""
+        """`predictions.csv`: the validation and test rows with every answer; all rows of a job that predicts."""
         return read_predictions((await self._transport.send("GET", self._artifact(job_id, "predictions.csv"))).content)
 
     def flips(

@@ -66,11 +66,9 @@ def submit(
             rare_labels=rare_labels,
         )
         if watch:
-            _watch(client, job.id, as_json)
-        elif as_json:
-            print_json(job.raw)
+            watch_job(client, job.id, as_json)
         else:
-            out.print(f"{job.id} is {job.status}; follow it with: {command(client, 'watch', job.id)}")
+            show_started(client, job, as_json)
 
 
 @app.command("jobs", rich_help_panel=PANEL, epilog=EXIT_CODES)
@@ -81,10 +79,11 @@ def list_jobs(limit: Limit = 20, as_json: AsJson = False, url: Url = DEFAULT_URL
     if as_json:
         print_json([job.raw for job in jobs])
         return
-    table = plain_table("id", "status", "done", "created", "name")
+    table = plain_table("id", "kind", "status", "done", "created", "name")
     for job in jobs:
         table.add_row(
             job.id,
+            job.kind,
             job.status,
             f"{job.progress.fraction:.0%}",
             f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
@@ -110,7 +109,7 @@ def status(job_id: JobId, as_json: AsJson = False, url: Url = DEFAULT_URL, api_k
 def watch(job_id: JobId, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Show a job's progress until it ends, then its result."""
     with connect(url, api_key) as client:
-        _watch(client, job_id, as_json)
+        watch_job(client, job_id, as_json)
 
 
 @app.command(rich_help_panel=PANEL, epilog=EXIT_CODES)
@@ -148,7 +147,8 @@ def report(
         raise typer.Exit(FAILED)
 
 
-def _watch(client: Client, job_id: str, as_json: bool) -> None:
+def watch_job(client: Client, job_id: str, as_json: bool) -> None:
+    """Shows a job until it ends, then its result; ends with 1 where that is no success."""
     try:
         job = show_progress(follow(client, job_id))
     except KeyboardInterrupt as interrupt:
@@ -162,6 +162,13 @@ def _watch(client: Client, job_id: str, as_json: bool) -> None:
             out.print(f"Ask {job.served[1]} with: {command(client, 'predict', '--model', job.served[0], 'a text')}")
     if job.status != "succeeded":
         raise typer.Exit(FAILED)
+
+
+def show_started(client: Client, job: Job, as_json: bool) -> None:
+    if as_json:
+        print_json(job.raw)
+    else:
+        out.print(f"{job.id} is {job.status}; follow it with: {command(client, 'watch', job.id)}")
 
 
 def _print_job(job: Job, as_json: bool) -> None:

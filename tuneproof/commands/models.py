@@ -4,12 +4,14 @@ import json
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
+from tuneproof.commands.jobs import show_started, watch_job
 from tuneproof.commands.options import EXIT_CODES, AliasName, ApiKey, AsJson, Limit, ModelId, ModelOrAlias, Url, connect
 from tuneproof.commands.show import err, out, plain_table, print_json, print_table, score
 from tuneproof.processes import become
@@ -27,7 +29,13 @@ app.add_typer(models, name="models", rich_help_panel=PANEL, epilog=EXIT_CODES)
 def predict(
     model: ModelOrAlias,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, the lines of standard input.")] = None,
-    top_k: Annotated[int, typer.Option(help="How many probabilities the JSON holds.")] = 3,
+    file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Start a job on a CSV or TSV.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Of that file: name or 0-based index.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="See that job through and download its predictions.")] = False,
+    output: Annotated[Path | None, typer.Option(help="To here; predictions-JOB.csv here by default.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="How many probabilities: JSON has 3, a file none.")] = None,
     min_confidence: Annotated[float, typer.Option(help="Below it the label is left open.")] = 0.0,
     target_precision: Annotated[
         float | None, typer.Option(help="Have the server pick the least confidence that was right so often.")
@@ -36,17 +44,35 @@ def predict(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Label texts: prints label, confidence and text, separated by tabs; a label left open is empty.
+    """Label texts: prints label, confidence and text, separated by tabs; a label left open is empty. Or a whole file.
 
     An alias that is moved meanwhile changes nothing: one run is answered by one version.
     """
+    if file is not None:
+        if texts or target_precision is not None:
+            raise typer.BadParameter("--file goes with neither texts nor --target-precision.")
+        with connect(url, api_key) as client:
+            job = client.jobs.predict(model, file, top_k=top_k, min_confidence=min_confidence, text_column=text_column)
+            if not (watch or output):
+                show_started(client, job, as_json)
+                return
+            watch_job(client, job.id, as_json)
+            saved = client.jobs.download(job.id, "predictions.csv", output or f"predictions-{job.id}.csv")
+        err.print(f"{saved} holds every row.")
+        return
+    if watch or output or text_column:
+        raise typer.BadParameter("--watch, --output and --text-column go with --file.")
     if not texts and sys.stdin.isatty():
         raise typer.BadParameter("Give texts as arguments, or one a line on standard input.")
     waiting, note = iter(texts) if texts else _lines(), None
     with connect(url, api_key) as client:
         while batch := list(islice(waiting, TEXTS_PER_CALL)):
             answer = client.predict(
-                model, batch, top_k=top_k, min_confidence=min_confidence, target_precision=target_precision
+                model,
+                batch,
+                top_k=3 if top_k is None else top_k,
+                min_confidence=min_confidence,
+                target_precision=target_precision,
             )
             model = answer.model_id
             if answer.threshold and note != (note := answer.threshold.note):

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from tuneproof.errors import TuneproofError
 from tuneproof.results import Job
@@ -29,6 +30,7 @@ class _Plain(Console):
 
 out = _Plain()
 err = _Plain(stderr=True)
+SHOWN_LABELS = 20
 
 
 def follow(client: Client, job_id: str) -> Iterator[tuple[Job, float | None]]:
@@ -86,6 +88,11 @@ def show_result(job: Job, warnings: Iterable[str] = ()) -> None:
         for name, figures in job.summary.methods.items():
             table.add_row(name, score(figures.accuracy), score(figures.macro_f1), figures.on)
         out.print(table, soft_wrap=False)
+    if job.summary.labels:
+        counts = plain_table("label", "rows")
+        for label in job.summary.labels[:SHOWN_LABELS]:
+            counts.add_row(Text(label.label), f"{label.count:,}")
+        out.print(counts, soft_wrap=False)
     out.print(f"\n{job.summary.headline}", style="bold")
     if job.summary.recommendation:
         out.print(job.summary.recommendation.reason)

@@ -56,7 +56,7 @@ function Actions({ job, onChange }) {
 
 /** The result's own page, loaded once there is a result. */
 function Outcome({ job, session }) {
-  const { data: page, error } = useLoad(() => import("./result.js"), []);
+  const { data: page, error } = useLoad(() => (job.kind === "predict" ? import("./labelled.js") : import("./result.js")), []);
   if (error) return html`<${Trouble} error=${error} />`;
   return page ? html`<${page.default} job=${job} session=${session} />` : html`<${Loading} what="the result" />`;
 }

@@ -1,0 +1,313 @@
+"""A whole file labelled with one published model: what a job of kind `predict` does in its child.
+
+    folder/dataset             the uploaded file, as it came
+    folder/job.json            as for `worker.run`
+    folder/model/              the published model
+    folder/checkpoints/parts/  what earlier attempts have written
+    folder/out/                predictions.csv
+
+Rows go by in blocks, and no more than three are in memory: one is scored while a thread of its own writes the one
+before and reads the one after.
+"""
+
+import itertools
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.core.errors import ModelUnavailable
+from service.core.spec import JobSpec
+from service.ml.adapter import Adapter, load_adapter
+from service.ml.backbone import load_backbone
+from service.ml.base_models import find_base, locate
+from service.ml.calibration import softmax
+from service.ml.dataset import Row, TableFormat, UploadOptions, profile, read_rows
+from service.ml.device import DTYPES, pick_device, serving_precision
+from service.ml.encode import Tokenizer, encode, load_tokenizer
+from service.ml.engine import Engine
+from service.ml.manifest import Manifest, sha256_of
+from worker.artifacts import csv_writer
+from worker.progress import Reporter
+
+# Sorted by length a block of so many rows is hardly padded; the characters bound what the tokenizer keeps at a time.
+BLOCK_ROWS = {"cpu": 1024}
+MOST_BLOCK_ROWS, BLOCK_CHARS = 4096, 2_000_000
+PART_SECONDS = 10.0  # at most about so much work is done twice
+SHARES = {"prepare": 0.02, "evaluate": 0.95, "publish": 0.03}
+
+
+@dataclass
+class Tally:
+    """What the rows so far came to; `precision` is the one they were scored in, empty before the first."""
+
+    rows: int = 0
+    empty: int = 0
+    abstained: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    precision: str = ""
+    labels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of the file; `ids` are those of the rows that have a text."""
+
+    rows: list[Row]
+    ids: list[list[int]]
+    truncated: int
+
+
+class Parts:
+    """The rows written so far, in files that are whole and never touched again, each with the tally up to its end.
+
+    So each is stored once, however many follow. What lies in `folder` is taken up as far as it is whole and undamaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.n, self.tally = folder, 0, Tally()
+        folder.mkdir(parents=True, exist_ok=True)
+        while (found := self._read(self.n)) is not None:
+            self.tally, self.n = found, self.n + 1
+        for stale in [path for path in folder.iterdir() if int(path.stem) >= self.n]:
+            stale.unlink()
+        self._open = folder.with_name("part")
+        self._begun: float | None = None
+
+    def write(self, rows: Sequence[Sequence[str]]) -> bool:
+        """Adds the rows of a block, which `tally` counts already; gives whether that has ended a part."""
+        if self._begun is None:
+            self._begun = time.monotonic()
+            self._open.unlink(missing_ok=True)
+        with self._open.open("a", encoding="utf-8", newline="") as file:
+            write = csv_writer(file)
+            for row in rows:
+                write(row)
+        return time.monotonic() - self._begun >= PART_SECONDS and self.end()
+
+    def end(self) -> bool:
+        """Ends the part at hand; gives whether there was one."""
+        if self._begun is None:
+            return False
+        known = {"sha256": sha256_of(self._open), "tally": asdict(self.tally)}
+        self._open.replace(self._file(self.n, "csv"))
+        self._open.write_text(json.dumps(known), encoding="utf-8")
+        self._open.replace(self._file(self.n, "json"))
+        self.n, self._begun = self.n + 1, None
+        return True
+
+    def join(self, header: Sequence[str], path: Path) -> None:
+        """All rows, in the order of the file."""
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv_writer(file)(header)
+        with path.open("ab") as target:
+            for i in range(self.n):
+                with self._file(i, "csv").open("rb") as part:
+                    shutil.copyfileobj(part, target, 1 << 20)
+
+    def _read(self, i: int) -> Tally | None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(self._file(i, "json").read_text(encoding="utf-8"))
+            if sha256_of(self._file(i, "csv")) == known["sha256"]:
+                return Tally(**known["tally"])
+        return None
+
+    def _file(self, i: int, ending: str) -> Path:
+        return self.folder / f"{i:06}.{ending}"
+
+
+def predict_file(
+    file: Path, table: TableFormat, engine: Engine, adapter: Adapter, parts: Parts, *, top_k: int | None = None,
+    min_confidence: float = 0.0, on_rows: Callable[[int], None] = lambda _: None,
+    on_part: Callable[[Path], None] = lambda _: None,
+) -> None:  # fmt: skip
+    """Labels the rows of a file that `parts` does not hold yet.
+
+    Args:
+        file: As it was uploaded.
+        table: How to read it.
+        engine: With `adapter` attached. Nobody else may use it meanwhile.
+        adapter: The model's.
+        parts: Where to, and how far earlier attempts came.
+        top_k: How many labels to write with their probabilities; None for the answer alone.
+        min_confidence: Below it the label is left open.
+        on_rows: Called with the rows done.
+        on_part: Called with the folder of the parts when there is one more.
+
+    Raises:
+        InvalidData: the file is not the one that was profiled.
+    """
+    backbone, tally = engine.backbone, parts.tally
+    tokenizer = load_tokenizer(backbone.source.folder, decoder=backbone.decoder)  # the thread's own
+    rows = itertools.islice(read_rows(file, table), tally.rows, None)
+    blocks = _blocks(rows, tokenizer, adapter.max_length, BLOCK_ROWS.get(backbone.device.type, MOST_BLOCK_ROWS))
+    done, writing = tally.rows, None
+
+    def write(block: Block, logits: list[NDArray[np.float32]], seconds: float) -> bool:
+        tally.seconds += seconds
+        tally.truncated += block.truncated
+        tally.tokens += sum(map(len, block.ids))
+        return parts.write(_answered(block.rows, logits, adapter, top_k, min_confidence, tally))
+
+    with ThreadPoolExecutor(1) as aside:
+        start = time.perf_counter()
+        coming: Future[Block | None] = aside.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = aside.submit(next, blocks, None)
+            before = done
+            logits = engine.score(block.ids, [adapter] * len(block.ids), lambda n, _: on_rows(before + n))  # noqa: B023
+            if writing is not None and writing.result():
+                on_part(parts.folder)
+            now = time.perf_counter()
+            writing = aside.submit(write, block, logits, now - start)
+            start, done = now, done + len(block.rows)
+        if writing is not None:
+            writing.result()
+    parts.end()
+
+
+def header(adapter: Adapter, top_k: int | None) -> list[str]:
+    """Of predictions.csv."""
+    ranks = range(1, min(top_k or 0, len(adapter.labels)) + 1)
+    return ["row_id", "text", "label", "confidence", *(f"{of}_{i}" for i in ranks for of in ("label", "probability"))]
+
+
+def _blocks(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, most_rows: int) -> Iterator[Block]:
+    """Cut by rows and characters alone, so that an attempt that goes on at a block's end scores the same blocks."""
+    for first in rows:
+        block, chars = [first], len(first.text)
+        while len(block) < most_rows and chars < BLOCK_CHARS and (row := next(rows, None)) is not None:
+            block.append(row)
+            chars += len(row.text)
+        encoded = encode(tokenizer, [row.text for row in block if row.text.strip()], max_length)
+        yield Block(block, encoded.ids, int(encoded.truncated.sum()))
+
+
+def _answered(
+    rows: Sequence[Row], logits: list[NDArray[np.float32]], adapter: Adapter, top_k: int | None,
+    min_confidence: float, tally: Tally,
+) -> list[list[str]]:  # fmt: skip
+    """The lines of a block, counted into `tally`. Equal probabilities stand in the order of the labels' ids."""
+    labels, width = adapter.labels, min(max(top_k or 0, 1), len(adapter.labels))
+    shares = softmax(np.stack(logits), adapter.temperature) if logits else np.empty((0, len(labels)))
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :width]
+    best = zip(order.tolist(), np.take_along_axis(shares, order, axis=1).tolist(), strict=True)
+    lines, counts = [], Counter(tally.labels)
+    for row in rows:
+        line = [str(row.row_id), row.text, "", ""]
+        ranked = [""] * (2 * width)
+        if row.text.strip():
+            ids, confidences = next(best)
+            ranked = [cell for i, share in zip(ids, confidences, strict=True) for cell in (labels[i], repr(share))]
+            line[3] = ranked[1]
+            if confidences[0] >= min_confidence:
+                line[2] = ranked[0]
+                counts[ranked[0]] += 1
+            else:
+                tally.abstained += 1
+        else:
+            tally.empty += 1
+        lines.append(line + ranked if top_k else line)
+    tally.rows, tally.labels = tally.rows + len(rows), dict(counts)
+    return lines
+
+
+class Bulk:
+    """A job under way."""
+
+    def __init__(self, folder: Path, reporter: Reporter) -> None:
+        self.folder, self.out, self.reporter = folder, folder / "out", reporter
+        self.job: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        self.spec = JobSpec.model_validate(self.job["spec"])
+
+    def run(self) -> None:
+        """From the file to predictions.csv. Raises AppError."""
+        self.reporter.weigh(SHARES)
+        self.reporter.stage("prepare")
+        self.out.mkdir(parents=True, exist_ok=True)
+        parts = Parts(self.folder / "checkpoints" / "parts")
+        tally = parts.tally
+        if tally.rows:
+            self.reporter.event("message", f"Goes on after {tally.rows:,} rows.", {"count": tally.rows})
+        engine, adapter = self._load(tally)
+        table, n_rows = self._table()
+        self.reporter.stage("evaluate")
+        predict_file(
+            self.folder / "dataset", table, engine, adapter, parts, top_k=self.spec.top_k,
+            min_confidence=self.spec.min_confidence, on_rows=self._pace(tally.rows, n_rows),
+            on_part=self.reporter.checkpoint,
+        )  # fmt: skip
+        parts.join(header(adapter, self.spec.top_k), self.out / "predictions.csv")
+        self._warn(tally)
+        self.reporter.result(self._summary(tally), [])
+
+    def _load(self, tally: Tally) -> tuple[Engine, Adapter]:
+        models_dir = self.job.get("models_dir")
+        manifest = Manifest.read(self.folder / "model")
+        source = locate(find_base(manifest.base_model, Path(models_dir) if models_dir else None))
+        if source.revision != manifest.base_revision:
+            raise ModelUnavailable(
+                f"Base model {manifest.base_model!r} is here at another revision than the model was trained on.",
+                hint="Put the files of that revision into the worker's TUNEPROOF_MODELS_DIR, then retry the job.",
+            )
+        device = pick_device()
+        tally.precision = tally.precision or serving_precision(device)  # one for all rows, whoever began
+        engine = Engine(load_backbone(source, device=device, dtype=DTYPES[tally.precision]))
+        adapter = load_adapter(
+            self.folder / "model", head_name=engine.backbone.head_name, device=device, dtype=DTYPES[tally.precision]
+        )
+        engine.attach(adapter)
+        return engine, adapter
+
+    def _table(self) -> tuple[TableFormat, int]:
+        if self.job.get("table"):
+            return TableFormat(**self.job["table"]), self.job["dataset"]["n_rows"]
+        found = profile(self.folder / "dataset", UploadOptions(labelled=False))
+        return found.format, found.n_rows
+
+    def _pace(self, first: int, n_rows: int) -> Callable[[int], None]:
+        """Progress by the rows of this attempt alone: what earlier ones did took it no time."""
+        start = time.monotonic()
+
+        def tell(done: int) -> None:
+            rate = (done - first) / max(time.monotonic() - start, 1e-9)
+            message = f"{done:,} of {n_rows:,} rows, {rate:,.0f} a second"
+            self.reporter.progress(done / n_rows, message, eta_seconds=(n_rows - done) / max(rate, 1e-9))
+
+        return tell
+
+    def _warn(self, tally: Tally) -> None:
+        for count, message in (
+            (tally.empty, "rows have no text; they stand in predictions.csv without a label."),
+            (tally.truncated, "texts are longer than the model reads; what lies beyond was not read."),
+        ):
+            if count:
+                self.reporter.event("message", f"{count:,} {message}", {"count": count}, level="warning")
+
+    def _summary(self, tally: Tally) -> dict[str, Any]:
+        """The headline names no label: it also goes out by webhook."""
+        labelled = tally.rows - tally.empty - tally.abstained
+        left = [
+            f"{n:,} {why}"
+            for n, why in ((tally.abstained, "under the confidence asked for"), (tally.empty, "without a text"))
+            if n
+        ]
+        headline = f"{labelled:,} of {tally.rows:,} rows labelled" + (f"; {', '.join(left)}" if left else "") + "."
+        counts = sorted(tally.labels.items(), key=lambda item: -item[1])
+        return {
+            "headline": headline, "model_id": self.spec.model, "n_rows": tally.rows, "n_empty": tally.empty,
+            "n_abstained": tally.abstained, "n_truncated": tally.truncated, "tokens": tally.tokens,
+            "labels": [{"label": label, "count": count} for label, count in counts], "scored_in": tally.precision,
+            "seconds": tally.seconds, "rows_per_second": tally.rows / max(tally.seconds, 1e-9),
+        }  # fmt: skip
