@@ -12,11 +12,14 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from _catalogue import MAX_LENGTH, stock_peft
 from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.manifest import Manifest
 
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
 app = FastAPI()
 folders = [Path(name) for name in sys.argv[2:]]
 labels = Manifest.read(folders[0]).labels
