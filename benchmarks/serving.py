@@ -34,11 +34,13 @@ def arguments() -> argparse.Namespace:
 
 def on_cpu(given: argparse.Namespace, folder: Path) -> tuple[str, list[Any], dict[str, Any]]:
     """Title, measures, and what is to be known of the machine."""
+    from _bulk import bulk_measures
     from _engine_alone import Alone, engine_measures
     from _over_http import http_measures
 
     alone = Alone.over(folder / "adapters")
     measures = engine_measures(alone, given.rounds) + http_measures(alone, folder, given)
+    measures += bulk_measures(alone, folder, given.rounds, int(2048 * min(1, given.seconds / 2)))
     known = {"device": "cpu", "precision": alone.precision, "threads": alone.threads, "serve_threads": alone.threads}
     title = f"MiniLM, {alone.precision}, {alone.threads} threads; texts of {alone.mean_tokens:.1f} tokens"
     return title, measures, known

@@ -14,6 +14,7 @@ BOUNDS = {
     "engine_mixed16_vs_peft": 4, "engine_one_vs_none": 0.9, "engine_mixed16_vs_none": 0.8, "http_single_vs_plain": 7,
     "http_batch_vs_plain": 3.5, "http_batch_vs_engine": 0.8, "thousand_zipf_vs_mixed16": 0.9,
     "cold_adapter_extra_seconds": 0.05, "engine_share_of_matrix_rate": 0.35,
+    "bulk_vs_engine": 0.85,
 }  # fmt: skip
 
 
