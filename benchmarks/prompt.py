@@ -6,14 +6,8 @@ side once. Stock's single rows are timed on a sample in each round; the answers 
 times stock's batches on a sample too, in one round, and compares the answers of some 50 rows.
 """
 
-import argparse
-import json
-import platform
 import random
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +16,7 @@ from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from _measures import Measure, parser, seconds, write
 from worker.methods.decoding import Constrained, Free, generate
 from worker.methods.label_trie import LabelTrie
 from worker.methods.prompts import PromptTemplate
@@ -127,17 +122,8 @@ def check(model: Any, prompts: list[list[int]], n_new: int, trie: LabelTrie) -> 
     return f"{len(prompts)} rows answered as stock does, both ways ({n_close} near-ties, {labels} labels given)"
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    given = parser.parse_args()
+    given = parser(__doc__).parse_args()
     rounds, n_checked, n_singly, n_batched = (1, 48, 24, 48) if given.quick else (3, N, 24, N)
     tokenizer, model = trained_tokenizer(), random_qwen3()
     texts = written_texts(N)
@@ -173,10 +159,8 @@ def main() -> None:
         names = (way, f"{way}_single", f"{way}_batched", f"{way}_vs_single", f"{way}_vs_batched")
         table.add_row(way, *(f"{median[name]:.1f}" for name in names))
     Console().print(table)
-    if given.json:
-        machine = {"device": "cpu", "cpu": platform.machine(), "threads": torch.get_num_threads()}
-        measures = [{"name": k, "value": median[k], "at_least": least} for k, least in AT_LEAST.items()]
-        given.json.write_text(json.dumps({"machine": machine, "measures": measures}, indent=1) + "\n")
+    measures = [Measure(name, taken[name], at_least=least) for name, least in AT_LEAST.items()]
+    write(given.json, measures, device="cpu", threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":
