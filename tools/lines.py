@@ -1,12 +1,15 @@
-"""Prints how many lines of code and of docstring each room holds; fails where the code, tests aside, is over budget."""
+"""Prints how many lines of code and of docstring each room holds; fails where the code, tests and benchmarks aside, is over budget."""
 
 import ast
 import sys
 from collections import Counter
 from pathlib import Path
 
-BUDGET = 12_200
-"""Lines of code: docstrings say what a caller must know, and are not what a budget should make dearer (decision 12)."""
+BUDGET = 12_900
+"""Lines of code, tests and benchmarks aside: docstrings say what a caller must know, and are not what a budget should
+make dearer (decision 12)."""
+EVIDENCE = ("tests", "benchmarks")
+PRODUCT = "all but evidence"
 SCRIPTS_BUDGET = 2_200
 """Of the web pages, another language with its own reader."""
 ROOT = Path(__file__).parent.parent
@@ -46,17 +49,17 @@ def main() -> int:
     for name in ROOMS:
         for path in (path for path in (ROOT / name).rglob("*.py") if MADE not in path.parents):
             lines = lines_of(path)
-            for of in (room(path), *(["all but tests"] if name != "tests" else [])):
+            for of in (room(path), *([PRODUCT] if name not in EVIDENCE else [])):
                 code[of], docstrings[of] = code[of] + lines[0], docstrings[of] + lines[1]
     table = [f"{'':<20}{'code':>8}{'docstrings':>12}"]
     table += [
         f"{name:<20}{code[name]:>8,}{docstrings[name]:>12,}"
-        for name in sorted(code, key=lambda n: (n == "all but tests", n))
+        for name in sorted(code, key=lambda n: (n == PRODUCT, n))
     ]
     table += [f"{'budget':<20}{BUDGET:>8,}"]
     table += [f"{'scripts of pages':<20}{scripts():>8,}", f"{'their budget':<20}{SCRIPTS_BUDGET:>8,}"]
     sys.stdout.write("\n".join(table) + "\n")
-    return int(code["all but tests"] > BUDGET or scripts() > SCRIPTS_BUDGET)
+    return int(code[PRODUCT] > BUDGET or scripts() > SCRIPTS_BUDGET)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,8 @@ class Bulk:
                 hint="Put the files of that revision into the worker's TUNEPROOF_MODELS_DIR, then retry the job.",
             )
         device = pick_device()
-        tally.precision = tally.precision or serving_precision(device)  # one for all rows, whoever began
+        # One for all rows, whoever began.
+        tally.precision = tally.precision or serving_precision(device, self.job.get("serve_dtype", "auto"))
         engine = Engine(load_backbone(source, device=device, dtype=DTYPES[tally.precision]))
         adapter = load_adapter(
             self.folder / "model", head_name=engine.backbone.head_name, device=device, dtype=DTYPES[tally.precision]

@@ -48,8 +48,7 @@ class Bases:
 
     def __post_init__(self) -> None:
         self.device = pick_device(self.limits.device)
-        precision = serving_precision(self.device) if self.limits.dtype == "auto" else self.limits.dtype
-        self.dtype = DTYPES[precision]
+        self.dtype = DTYPES[serving_precision(self.device, self.limits.dtype)]
 
     def engine(self, key: BaseKey) -> Engine:
         """The engine of a base.
