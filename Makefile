@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench docs lock vendor
+.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench bench-gpu soak docs lock vendor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,12 @@ check: setup ## Style, types, imports, migrations in step with the models, lines
 
 bench: setup ## Every benchmark's table; BENCH_ARGS=--quick for short runs
 	@for program in $(wildcard benchmarks/[a-z]*.py); do echo "== $$program"; $(BIN)/python "$$program" $(BENCH_ARGS); done
+
+bench-gpu: setup ## The engine against the raw forward of its base, on a CUDA GPU; BENCH_ARGS=--quick for a short run
+	$(BIN)/python benchmarks/serving.py --device cuda $(BENCH_ARGS)
+
+soak: setup ## Ten minutes at saturation: no error but 429, memory that does not grow; SOAK_SECONDS=60 for less
+	$(BIN)/python benchmarks/_soak.py --seconds $(or $(SOAK_SECONDS),600)
 
 docs: setup ## The documentation as a site, in site/; a broken link fails it
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site

@@ -8,6 +8,8 @@ import tempfile
 from datetime import timedelta
 from typing import Any
 
+from sqlalchemy import make_url
+
 from service.core import logs
 from service.core.clock import utc_now
 from service.core.errors import AppError
@@ -147,7 +149,11 @@ def pull_model(given: argparse.Namespace) -> int:
 
 
 def _database() -> Database:
-    url = read_settings().resolved_database_url
+    """Brought up to date; named on standard error, as the default goes by the folder in which the command is run."""
+    settings = read_settings()
+    url = settings.resolved_database_url
+    where = make_url(url).render_as_string() if settings.database_url else settings.data_dir.absolute()
+    print(f"Keys of the server with its data in {where}:", file=sys.stderr)  # noqa: T201
     migrate(url)
     return Database(url)
 

@@ -35,14 +35,14 @@ from service.ml.base_models import EMBEDDED, GPU_DEFAULT, allowed_models, locate
 from service.ml.device import pick_device, training_precision
 from service.storage import Storage
 
-Level = Literal["ok", "warn", "fail"]
+Level = Literal["ok", "note", "warn", "fail"]
 _SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "fuse.glusterfs", "ceph")
 _LITTLE_DISK, _LITTLE_MEMORY = 5 * GiB, 3 * GiB
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: `level`, what it is about, what was found, and what to do about it."""
+    """One line: `level`, what it is about, what was found, and what to do. A `note` is neither good nor bad."""
 
     level: Level
     about: str
@@ -53,7 +53,7 @@ class Finding:
 def examine(settings: Settings) -> Iterator[Finding]:
     """Everything, one finding after the other; a check that breaks is itself a finding."""
     checks: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-        _libraries, _gpu, _cpu, _memory, _disk, _models, _database, _storage, _port, _serving, _endpoints
+        _data_folder, _libraries, _gpu, _cpu, _memory, _disk, _models, _database, _storage, _port, _serving, _endpoints
     )  # fmt: skip
     for check in checks:
         try:
@@ -75,6 +75,16 @@ def show(findings: Iterator[Finding], *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in seen], indent=2) + "\n")
     return int(any(finding.level == "fail" for finding in seen))
+
+
+def _data_folder(settings: Settings) -> Iterator[Finding]:
+    """First, as all that follows depends on it: the default goes by the folder in which the command is run."""
+    folder = settings.data_dir.absolute()
+    if folder.is_dir():
+        yield Finding("ok", "data folder", str(folder))
+    else:
+        todo = "Right before a first start. Else go to the folder you start the server in, or set TUNEPROOF_DATA_DIR."
+        yield Finding("note", "data folder", f"{folder} is not there yet", todo)
 
 
 def _libraries(settings: Settings) -> Iterator[Finding]:
@@ -201,8 +211,8 @@ def _models(settings: Settings) -> Iterator[Finding]:
                 level: Level = "warn" if base.name == GPU_DEFAULT else "fail"
                 yield Finding(level, f"model {base.name}", error.detail, error.hint or "")
             else:
-                where = f"not at hand; `tuneproof models pull {base.name}` where a job is to name it"
-                yield Finding("ok", f"model {base.name}", where)
+                todo = f"`tuneproof models pull {base.name}`, where a job is to name it"
+                yield Finding("note", f"model {base.name}", "not at hand", todo)
         else:
             verified = ", weights verified" if base.name == EMBEDDED else ""
             yield Finding("ok", f"model {base.name}", f"{located.size_bytes / GiB:.2f} GiB at hand{verified}")

@@ -1,5 +1,6 @@
 """uvicorn, which here tells the application when it is about to stop."""
 
+import logging
 import socket
 import sys
 from contextlib import suppress
@@ -7,6 +8,8 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+
+log = logging.getLogger("tuneproof.api")
 
 
 class Server(uvicorn.Server):
@@ -18,6 +21,15 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, **config: Any) -> None:
         super().__init__(uvicorn.Config(app, **config))
         self.app = app
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            settings = self.app.state.context.settings
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- to be opened, not bound
+            at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            log.info("open %s in a browser; data folder %s", at, settings.data_dir.absolute())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.app.state.context.stopping.set()

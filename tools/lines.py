@@ -1,4 +1,4 @@
-"""Prints how many lines of code and of docstring each room holds; fails where the code, tests and benchmarks aside, is over budget."""
+"""Prints lines of code and of docstring by room; fails where the code, tests and benchmarks aside, is over budget."""
 
 import ast
 import sys
@@ -53,8 +53,7 @@ def main() -> int:
                 code[of], docstrings[of] = code[of] + lines[0], docstrings[of] + lines[1]
     table = [f"{'':<20}{'code':>8}{'docstrings':>12}"]
     table += [
-        f"{name:<20}{code[name]:>8,}{docstrings[name]:>12,}"
-        for name in sorted(code, key=lambda n: (n == PRODUCT, n))
+        f"{name:<20}{code[name]:>8,}{docstrings[name]:>12,}" for name in sorted(code, key=lambda n: (n == PRODUCT, n))
     ]
     table += [f"{'budget':<20}{BUDGET:>8,}"]
     table += [f"{'scripts of pages':<20}{scripts():>8,}", f"{'their budget':<20}{SCRIPTS_BUDGET:>8,}"]

@@ -169,8 +169,7 @@ def ask(client: Client, job: Job, texts: list[str]) -> None:
 
 def say_how_to_prompt() -> None:
     out.print(
-        "\nNo generative model was at hand, so the zero-shot line above is a similarity of text and label name. "
-        f"For the prompt baseline: {command_name()} models pull {PROMPT_DEFAULT}, then the demo again; or name a "
+        f"\nTo put a prompt beside them: {command_name()} models pull {PROMPT_DEFAULT}, then the demo again; or name a "
         "configured endpoint: make demo PROMPT=remote:NAME."
     )
 

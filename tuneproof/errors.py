@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from tuneproof.results import Job
+from tuneproof.results import ENDED, Job
 
 
 @dataclass(eq=False)
@@ -44,7 +44,7 @@ class JobFailed(TuneproofError):
         super().__init__(
             None,
             error.code if error else job.status,
-            error.message if error else f"The job {job.id} is {job.status}.",
+            error.message if error else f"The job {job.id} {ENDED.get(job.status, job.status)}.",
             error.hint if error else None,
         )
         self.job = job
@@ -69,10 +69,20 @@ def refusal(response: httpx.Response) -> TuneproofError:
         response.status_code,
         problem.get("code") or "unknown",
         problem.get("detail") or _not_ready(problem) or plain,
-        hint=problem.get("hint"),
+        hint=problem.get("hint") or _wrong_root(response),
         errors=problem.get("errors") or (),
         retry_after_seconds=_seconds(response.headers.get("Retry-After", "")),
     )
+
+
+def _wrong_root(response: httpx.Response) -> str | None:
+    asked = response.url.path.partition("/ui/")
+    if response.status_code in (404, 405) and asked[1]:
+        root = response.url.copy_with(raw_path=(asked[0] or "/").encode())
+        return (
+            f"The address to give (--url, TUNEPROOF_URL) is the service's root, {str(root).rstrip('/')}, without /ui."
+        )
+    return None
 
 
 def _not_ready(readiness: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,9 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 JobStatus = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
+ENDED = {"succeeded": "succeeded", "failed": "failed", "cancelled": "was cancelled"}
+"""What a job's last status makes of the sentence `The job … .`"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:

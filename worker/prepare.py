@@ -20,6 +20,10 @@ from service.ml.labels import LabelSet
 from service.ml.split import Split, Table, read_split, stratified_subset
 from worker.methods.lora import auto_learning_rate
 
+NOT_PROMPTED = (
+    "Prompting was not tested, because no generative model is at hand: fetch one with `tuneproof models pull "
+    f"{PROMPT_DEFAULT}`, or name a remote endpoint in `baseline.prompt_model`, and start the job again."
+)
 Say = Callable[[str, str], None]
 """Called with a message for the user and its level."""
 
@@ -121,11 +125,7 @@ def _find_prompt_model(
     try:
         return locate(find_base(PROMPT_DEFAULT, models_dir), download=device.type == "cuda")
     except ModelUnavailable:
-        say(
-            "No generative model is at hand, so zero_shot is the similarity of text and label name. The prompt "
-            f"baseline needs one: tuneproof models pull {PROMPT_DEFAULT}",
-            "info",
-        )
+        say(f"{NOT_PROMPTED} Until then, zero_shot is the similarity of text and label name.", "warning")
         return None
 
 

@@ -49,7 +49,7 @@ from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Answerer, Prompted, PromptedModel, Similarity, draw_examples
 from worker.metrics import score
 from worker.predictions import Predictions
-from worker.prepare import Prepared, prepare
+from worker.prepare import NOT_PROMPTED, Prepared, prepare
 from worker.progress import Reporter
 from worker.report import render
 from worker.saved import Saveable, Served, save_and_serve
@@ -292,11 +292,13 @@ class Experiment:
         }  # fmt: skip
         self.reporter.progress(0.6, "comparing the methods", always=True)
         comparisons = compare_all(judged, len(labels), self.spec.seed)
-        recommendation = recommend(judged, comparisons, self.spec.margin, len(labels), self.spec.seed)
+        split = self.split
+        test_share = len(split.test) / (len(split.train) + len(split.validation) + len(split.test))
+        recommendation = recommend(judged, comparisons, self.spec.margin, len(labels), self.spec.seed, test_share)
         metrics = self._figures(methods, [asdict(comparison) for comparison in comparisons])
         summary = {
             "headline": headline(recommendation, judged, comparisons),
-            "recommendation": asdict(recommendation),
+            "recommendation": asdict(recommendation) | {"reason": f"{recommendation.reason}{self._untested()}"},
             "methods": {name: _brief(parts) for name, parts in methods.items()},
         }
         write_json(self.out / "metrics.json", metrics)
@@ -310,6 +312,15 @@ class Experiment:
         }  # fmt: skip
         (self.out / "report.html").write_text(render(metrics, summary, notes, changed), encoding="utf-8")
         return summary
+
+    def _untested(self) -> str:
+        """What the summary has to say where a prompt was asked for and none was answered."""
+        asked = self.spec.runs_baselines and "zero_shot" in self.spec.baseline.methods
+        if not asked or any(name.endswith("_prompt") for name in self.answers):
+            return ""
+        if self.remote is not None:
+            return " Prompting was not tested, because the endpoint failed: see the warnings, and start the job again."
+        return f" {NOT_PROMPTED}"
 
     def _figures(self, methods: dict[str, Any], comparisons: list[dict[str, Any]]) -> dict[str, Any]:
         """The contract's metrics.json."""

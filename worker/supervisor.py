@@ -59,6 +59,7 @@ class Supervisor:
     def run(self) -> None:
         """Works until `stop` is set; then the job at hand is given back."""
         with _own_folder(self.settings.data_dir.absolute() / "work", self.id) as folder:
+            log.info("worker %s started; data folder %s", self.id, self.settings.data_dir.absolute())
             while not self.stop.is_set():
                 try:
                     worked = self.work_once(folder)

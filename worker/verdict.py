@@ -45,7 +45,7 @@ def best_method(answers: Mapping[str, MethodAnswers]) -> str:
 
 def recommend(
     answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison], margin: float, n_labels: int,
-    seed: int,
+    seed: int, test_share: float,
 ) -> Recommendation:  # fmt: skip
     """The cheapest method shown to be not worse than the best one by more than `margin`, else the best one.
 
@@ -53,7 +53,7 @@ def recommend(
     -margin, and the distinct texts are enough for that to mean something (`rows_to_exclude`).
 
     `answers` go by names of `COST_ORDER`, `comparisons` are `compare_all`'s of them; `margin` is the accuracy, 0 to
-    0.5, that may be given up for less cost.
+    0.5, that may be given up for less cost; `test_share` is the share of the usable rows that are test rows.
     """
     best = best_method(answers)
     cheaper = [method for method in COST_ORDER[: COST_ORDER.index(best)] if method in answers]
@@ -62,18 +62,20 @@ def recommend(
     method = shown.candidate if shown else best
     undecided = [t for t in takewhile(lambda t: t is not shown, trials) if t.accuracy_delta_ci95[1] > -margin]
     if shown:
-        reason = f"{_named(method)} is the cheapest method shown to lose no more than {_points(margin)} of accuracy "
-        reason += f"against the best one, {_named(best)}: {_side_by_side(shown, answers)}."
+        reason = f"{PLAIN_NAMES[method]} is the cheapest method shown to lose no more than {_points(margin)} of "
+        reason += f"accuracy against the best one, {PLAIN_NAMES[best]}: {_side_by_side(shown, answers)}."
     else:
-        place = "is right most often" if len(answers) > 1 else "is the only method run"
-        reason = f"{_named(best)} {place}, right on {_right(answers[best])}"
-        reason += f", and no cheaper method is shown to come within {_points(margin)} of it." if cheaper else "."
+        reason = f"{PLAIN_NAMES[best]} is the only method run, right on {_right(answers[best])}."
+        if len(answers) > 1:
+            reason = f"No method is right more often than {PLAIN_NAMES[best]} ({_right(answers[best])})"
+            reason += f"; no cheaper one is shown to come within {_points(margin)} of it." if cheaper else "."
     if undecided:
-        reason += f" {_too_few_rows(undecided, margin, answers)}"
+        nearest = min(undecided, key=lambda trial: (_rows_needed(trial, margin), -trial.accuracy_delta))
+        reason += f" {_too_few_rows(nearest, margin, answers, test_share)}"
     if "lora" in answers and best != "lora":
         trial = compare_methods(answers, method, "lora", n_labels, seed)
         if trial.verdict != "candidate_wins" and not _shown(trial.accuracy_delta_ci95[0], trial.n_texts, margin):
-            reason += f" {_too_few_rows([trial], margin, answers)}"
+            reason += f" {_too_few_rows(trial, margin, answers, test_share)}"
     if method == "majority":
         reason += " It gives every row the same label: where the rarer labels matter, look at macro-F1 first."
     elif method in unproven(answers, comparisons):
@@ -132,19 +134,30 @@ def _share_right(true_ids: Ids, ids: Ids) -> float:
     return float(np.mean(true_ids == ids))
 
 
-def _too_few_rows(undecided: Sequence[PairedComparison], margin: float, answers: Mapping[str, MethodAnswers]) -> str:
-    """For the method nearest to being shown good enough: how many rows that would take, if more rows can help."""
-    trial = min(undecided, key=lambda trial: (_rows_needed(trial, margin), -trial.accuracy_delta))
-    needed = _rows_needed(trial, margin)
-    sides = f"{_named(trial.candidate)} against {_named(trial.baseline)}"
-    text = f"There are too few rows to tell for {sides}: {_side_by_side(trial, answers)}; "
+def _too_few_rows(
+    trial: PairedComparison, margin: float, answers: Mapping[str, MethodAnswers], test_share: float
+) -> str:
+    """One sentence: why the pair is undecided, and what would decide it (test rows, and the file that has so many)."""
+    cheaper, dearer = PLAIN_NAMES[trial.candidate], PLAIN_NAMES[trial.baseline]
+    seen = _side_by_side(trial, answers)
     if margin <= 0:
-        return text + "with a margin of 0 no number of rows can tell."
+        return f"With a margin of 0, no number of rows can show that {cheaper} is as good as {dearer}: {seen}."
     if trial.accuracy_delta <= -margin:
-        return text + "it already loses that much or more, so more rows are not expected to make it good enough."
+        return (
+            f"So far {cheaper} falls short of {dearer}: {seen}; that is no less than the margin, so do not count on "
+            f"more rows to make it good enough, though {trial.n:,} cannot rule it out."
+        )
+    if trial.n_fixed == trial.n_broken == 0:
+        seen = f"on {_rows_of(trial)} the two never differed in what they had right, which says little"
+    text = f"There are too few rows to be sure that {cheaper} is at most {_points(margin)} behind {dearer}: {seen}"
+    needed = _rows_needed(trial, margin)
     if needed > 100 * trial.n:
-        return text + "telling would take more than a hundred times as many test rows."
-    return text + f"telling would take about {needed:,.0f} test rows put to both."
+        return f"{text}; to be sure would take more than a hundred times as many."
+    text += f"; with figures like these, about {needed:,.0f} test rows would be enough"
+    if needed <= len(answers[trial.candidate].test_true_ids):
+        return f"{text}, and this file has them: set `baseline.sample_size` to {needed:.0f}."
+    asked = f", with `baseline.sample_size` at {needed:.0f}" * (trial.on == "baseline_subset")
+    return f"{text}, a file of about {_two_figures(needed / test_share):,.0f} rows{asked}."
 
 
 def _rows_needed(trial: PairedComparison, margin: float) -> float:
@@ -157,19 +170,41 @@ def _rows_needed(trial: PairedComparison, margin: float) -> float:
         return inf
     rows_per_text = trial.n / trial.n_texts
     needed = max(trial.n * (half_width / spare) ** 2, rows_to_exclude(margin) * rows_per_text, trial.n + 1)
-    unit = 10 ** max(0, int(log10(needed)) - 1)
-    return float(ceil(needed / unit) * unit)
+    return _two_figures(needed)
+
+
+def _two_figures(rows: float) -> float:
+    """Rounded up."""
+    unit = 10 ** max(0, int(log10(rows)) - 1)
+    return float(ceil(round(rows / unit, 9)) * unit)
 
 
 def _side_by_side(trial: PairedComparison, answers: Mapping[str, MethodAnswers]) -> str:
+    mine, theirs = _shares_right(trial, answers)
+    return f"{mine} against {theirs} of {_rows_of(trial)}{_may_be(trial)}"
+
+
+def _shares_right(trial: PairedComparison, answers: Mapping[str, MethodAnswers]) -> tuple[str, str]:
     rows = shared_rows(answers[trial.candidate], answers[trial.baseline])
-    mine, theirs = 100 * _share_right(rows.true_ids, rows.ids), 100 * _share_right(rows.true_ids, rows.other_ids)
-    low, high = (100 * end for end in trial.accuracy_delta_ci95)
-    distinct = f" ({trial.n_texts:,} distinct texts)" * (trial.n_texts < trial.n)
-    return (
-        f"{mine:.1f} % against {theirs:.1f} % of {trial.n:,} test rows{distinct}, "
-        f"a difference of {low:+z.1f} to {high:+z.1f} points (95 % interval)"
-    )
+    mine, theirs = (100 * _share_right(rows.true_ids, ids) for ids in (rows.ids, rows.other_ids))
+    return f"{mine:.1f} %", f"{theirs:.1f} %"
+
+
+def _rows_of(trial: PairedComparison) -> str:
+    return f"{trial.n:,} test rows" + f" ({trial.n_texts:,} distinct texts)" * (trial.n_texts < trial.n)
+
+
+def _may_be(trial: PairedComparison) -> str:
+    """The interval in words; nothing where it has no width, which would read as certainty."""
+    low, high = (round(100 * end, 1) for end in trial.accuracy_delta_ci95)
+    if low == high:
+        return ""
+    if low >= 0 or high <= 0:
+        near, far = sorted((abs(low), abs(high)))
+        span = f"{f'{near:.1f} to' if near else 'up to'} {far:.1f} points {'better' if low >= 0 else 'worse'}"
+    else:
+        span = f"anything from {-low:.1f} points worse to {high:.1f} better"
+    return f", in truth perhaps {span} (95 % interval)"
 
 
 def _right(own: MethodAnswers) -> str:
@@ -179,10 +214,6 @@ def _right(own: MethodAnswers) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:g} percentage point{'' if share == 0.01 else 's'}"
-
-
-def _named(method: str) -> str:
-    return f"{PLAIN_NAMES[method]} ({method})"
 
 
 def _capitalised(text: str) -> str:

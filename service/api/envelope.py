@@ -64,7 +64,8 @@ class Envelope:
 
     def _account(self, scope: Scope, status: int, seconds: float, *, streams: bool) -> None:
         """Counts the answer and logs it: by its route, as the path is whatever somebody typed."""
-        route = getattr(scope.get("route"), "path", "unknown")
+        mounted = scope.get("root_path", "").removeprefix(scope.get("app_root_path", ""))
+        route = f"{mounted}/{{path}}" if "app_root_path" in scope else getattr(scope.get("route"), "path", "unknown")
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self.meters.answered(method, route, status, None if streams else seconds)
         job_id = str(scope.get("path_params", {}).get("job_id", ""))

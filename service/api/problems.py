@@ -1,5 +1,6 @@
 """Every error as RFC 9457 problem+json, and which status each kind of error has."""
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -124,14 +125,17 @@ def invalid(found: Sequence[Any], model: type[BaseModel] | None = None) -> Inval
         loc = tuple(part for part in item["loc"] if not (isinstance(part, str) and _names_a_branch(part)))
         allowed = "" if schema is None else _allowed(schema, loc)
         message = f"expected {allowed}" if allowed else item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such field" + _meant(schema, loc)
         entries.setdefault(
             tuple(part[:100] if isinstance(part, str) else part for part in loc if part != _KEY), message
         )
     fields = sorted({".".join(str(part) for part in loc) for loc in entries if loc})
     where = f" in {', '.join(fields[:5])}" if fields else ""
     first = next(iter(entries.values()), "the request does not fit the schema")
+    first += "" if first.endswith("?") else "."
     return InvalidInput(
-        f"The request is not valid{where}: {first}. See `errors`, and /docs for what is expected.",
+        f"The request is not valid{where}: {first} See `errors`, and /docs for what is expected.",
         errors=[{"loc": list(loc), "message": message} for loc, message in entries.items()],
     )
 
@@ -156,6 +160,18 @@ def _allowed(schema: dict[str, Any], loc: Sequence[int | str]) -> str:
     node = _resolved(schema, node)
     node = node.get("propertyNames", {}) if at_key else node
     return ", or ".join(filter(None, (_values(_resolved(schema, branch)) for branch in node.get("anyOf", [node]))))
+
+
+def _meant(schema: dict[str, Any] | None, loc: Sequence[int | str]) -> str:
+    """The fields that there are beside an unknown one, or the one that it resembles."""
+    node = _resolved(schema, schema) if schema else {}
+    for part in loc[:-1]:
+        node = _resolved(schema or {}, node.get("properties", {}).get(part, {}))
+    known = sorted(node.get("properties", {}))
+    close = difflib.get_close_matches(str(loc[-1])[:100], known, 1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are {', '.join(known)}" if known else ""
 
 
 def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

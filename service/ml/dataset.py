@@ -299,9 +299,11 @@ def _scan(path: Path, table: TableFormat, max_labels: int) -> Scan:
         lengths.append(len(text) if folded else 0)
         label_ids.append(ids.setdefault(label or "", len(ids) - 1) if table.needs_label else 0)
         if len(ids) > max_labels + 1:
+            like_ids = ", so nearly every row has one of its own: this looks like a column of ids"
             raise TooManyLabels(
                 f"Expected at most {max_labels:,} labels in column {shown(str(table.label_column))}, found more by row "
-                f"{row_id}. Pass another label_column, or merge labels."
+                f"{row_id}{like_ids * (max_labels > findings.ID_LIKE * row_id)}. Pass another label_column, or merge "
+                "labels."
             )
         if part is not None:
             part_ids.append(PART_IDS.get(part, -1))

@@ -17,6 +17,7 @@ Integers = NDArray[np.int64]
 
 PART_IDS = {"train": 0, "validation": 1, "test": 2}
 MIN_DISTINCT_TEXTS = 3  # one for each of train, validation and test
+ID_LIKE = 0.9  # rare labels for each row: no class, but numbers of tickets or customers
 IMBALANCE = 10  # times the smallest label
 LISTED_ROWS = 20
 LISTED_LABELS = 20
@@ -105,6 +106,11 @@ def rare_labels(scan: Scan, usable: Integers, policy: Literal["refuse", "drop"])
     expected = f"at least {MIN_DISTINCT_TEXTS} distinct texts for every label"
     if len(scan.labels) < 2:
         raise TooFewLabels(f"Expected at least 2 labels, found {len(scan.labels)}. Check label_column.")
+    if rare.size > ID_LIKE * usable.size and policy == "refuse":
+        raise RareLabels(
+            f"Expected {expected}, found that nearly every row has a label of its own ({len(scan.labels):,} labels in "
+            f"{usable.size:,} rows): this looks like a column of ids. Pass another label_column."
+        )
     if rare.size and policy == "refuse":
         raise RareLabels(
             f"Expected {expected}, found {rare.size} with fewer: {listed}. Add rows, or pass rare_labels=drop."

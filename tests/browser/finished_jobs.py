@@ -99,7 +99,7 @@ def leave(
         for method, parts in answers.items()
     }
     comparisons = compare_all(judged, K, 42)
-    recommendation = recommend(judged, comparisons, 0.02, K, 42)
+    recommendation = recommend(judged, comparisons, 0.02, K, 42, 0.1)
     metrics = {
         "schema_version": 1, "job_id": "", "labels": list(labels), "methods": figures,
         "dataset": {"id": dataset.id, "sha256": dataset.sha256, "n_rows": n},

@@ -409,6 +409,18 @@ def test_what_was_sent_is_not_repeated_in_a_refusal(client: TestClient) -> None:
     assert "secret" not in answer.text
 
 
+def test_a_field_that_does_not_exist_is_named_with_the_one_that_was_meant(client: TestClient) -> None:
+    body = problem_of(post(client, train={"epoch": 1}), 422, "invalid_input")
+    assert body["detail"].startswith(
+        "The request is not valid in train.epoch: there is no such field; did you mean 'ep"
+    )
+    assert body["errors"] == [
+        {"loc": ["train", "epoch"], "message": "there is no such field; did you mean 'epochs'?"}
+    ]  # fmt: skip
+    body = problem_of(post(client, split={"zzz": 1}), 422, "invalid_input")
+    assert "there is no such field; there are test, train, validation." in body["detail"]
+
+
 # Following ----------------------------------------------------------------------------------------
 def test_a_running_job_shows_where_it_stands(start: Start) -> None:
     client = start()

@@ -33,11 +33,14 @@ def test_each_answer_is_one_line_with_its_route_and_ids(start: Start, caplog: py
         client.get(f"/{CANARY}")
         client.request(CANARY, "/jobs")
         client.get("/healthz")
+        client.get("/ui/")
+        client.get(f"/ui/{CANARY}.js")
     assert CANARY not in caplog.text
     lines = [record for record in caplog.records if record.name == "tuneproof.access"]
     assert [(line.levelname, line.getMessage().partition(" in ")[0]) for line in lines] == [
         ("INFO", "GET /jobs/{job_id} 200"), ("INFO", "GET /jobs/{job_id} 404"), ("INFO", "GET unknown 404"),
         ("INFO", "other /jobs 405"), ("DEBUG", "GET /healthz 200"),
+        ("INFO", "GET /ui/{path} 200"), ("INFO", "GET /ui/{path} 404"),
     ]  # fmt: skip
 
 
@@ -61,7 +64,9 @@ def test_no_process_logs_a_word_of_what_users_sent(tmp_path: Path) -> None:
     said = (tmp_path / "log").read_text("utf-8")
     assert CANARY not in said
     assert SECRET.removeprefix("whsec_") not in said
-    for route in ("POST /jobs 202", "POST /datasets 201", "GET unknown 404", "stage train", "a prediction failed"):
+    started = ("open http://127.0.0.1:", f"data folder {tmp_path / 'data'}", "started; data folder")
+    routes = ("POST /jobs 202", "POST /datasets 201", "GET unknown 404", "stage train", "a prediction failed")
+    for route in (*started, *routes):
         assert route in said, route
     lines = [json.loads(line) for line in said.splitlines()]
     assert {line["logger"].partition(".")[0] for line in lines} >= {"tuneproof", "uvicorn"}

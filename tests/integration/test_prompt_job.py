@@ -1,6 +1,7 @@
 """A baseline job that prompts: from the file to prompt.json and predictions.csv, in this process."""
 
 import csv
+import html
 import io
 import json
 from pathlib import Path
@@ -8,22 +9,26 @@ from typing import Any
 
 import pytest
 
-from service.core.errors import InvalidData
-from tests.tiny import KEYWORDS, QWEN3, labelled_texts
+from service.core.errors import InvalidData, ModelUnavailable
+from service.ml.base_models import PROMPT_DEFAULT, BaseModel, Located
+from tests.tiny import BERT, KEYWORDS, QWEN3, labelled_texts
+from worker import prepare
 from worker.progress import Reporter
 from worker.run import Experiment
 
 DESCRIPTIONS = {"login": "cannot get into the account", "praise": "says {thanks}"}
 
 
-def run(folder: Path, models_dir: Path, **baseline: Any) -> Path:
+def run(
+    folder: Path, models_dir: Path, base_model: str = QWEN3, said: io.StringIO | None = None, **baseline: Any
+) -> Path:
     texts, labels = labelled_texts(120)
     with (folder / "dataset").open("w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *zip(texts, labels, strict=True)])
     asked = {"methods": ["zero_shot"], "prompt_model": QWEN3, "sample_size": 10} | baseline
-    spec = {"kind": "baseline", "base_model": QWEN3, "baseline": asked, "train": {"max_length": 32}}
+    spec = {"kind": "baseline", "base_model": base_model, "baseline": asked, "train": {"max_length": 32}}
     (folder / "job.json").write_text(json.dumps({"spec": spec, "models_dir": str(models_dir)}))
-    Experiment(folder, Reporter(io.StringIO())).run()
+    Experiment(folder, Reporter(said or io.StringIO())).run()
     return folder / "out"
 
 
@@ -73,3 +78,26 @@ def test_a_description_of_a_label_that_is_not_there_is_refused_by_name(tmp_path:
         run(tmp_path, tiny_models, label_descriptions={"login": "x", "refunds": "y"})
     assert "login" not in refused.value.detail
     assert refused.value.hint
+
+
+def test_where_nothing_can_be_prompted_summary_and_report_say_so_and_the_job_warns(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = prepare.locate
+
+    def without_the_default(base: BaseModel, *, download: bool = True) -> Located:
+        if base.name == PROMPT_DEFAULT:
+            raise ModelUnavailable("It is not here.")
+        return found(base, download=download)
+
+    monkeypatch.setattr(prepare, "locate", without_the_default)
+    said = io.StringIO()
+    out = run(tmp_path, tiny_models, BERT, said, methods=["majority", "zero_shot"], prompt_model="auto")
+    *_, result = messages = [json.loads(line) for line in said.getvalue().splitlines()]
+    sentence = "Prompting was not tested, because no generative model is at hand: fetch one with `tuneproof models pull"
+    assert f" {sentence}" in result["summary"]["recommendation"]["reason"]
+    _before, _verdict, box = (out / "report.html").read_text().partition('<div class="verdict">')
+    assert sentence in html.unescape(box.partition("</div>")[0])
+    (warning,) = [message for message in messages if sentence in message.get("message", "")]
+    assert warning["level"] == "warning"
+    assert "remote endpoint in `baseline.prompt_model`" in warning["message"]

@@ -63,7 +63,8 @@ def test_a_job_that_did_not_succeed_ends_with_1_and_says_why(server: FakeServer,
     server.answers["GET /jobs/job_1"] = FAILED | {"status": status}
     result = tuneproof_command("watch", "job_1")
     assert result.exit_code == 1
-    assert f"job_1 is {status}: It did not fit. (out_of_memory)\nTry a smaller batch." in result.stderr
+    ended = {"failed": "failed", "cancelled": "was cancelled"}[status]
+    assert f"The job job_1 {ended}: It did not fit. (out_of_memory)\nTry a smaller batch." in result.stderr
 
 
 def test_watch_shows_stage_share_and_time_left_and_then_the_result(server: FakeServer) -> None:
@@ -79,6 +80,7 @@ def test_watch_shows_stage_share_and_time_left_and_then_the_result(server: FakeS
     assert "zero_shot_similarity 0.500    0.400    baseline_subset" in result.stdout
     assert "embedding_logreg is as good as it gets [here]\nNothing beats it." in result.stdout
     assert "predict --model mdl_probe 'a text'\n" in result.stdout
+    assert result.stdout.endswith("The job's page: http://127.0.0.1:8000/ui/#/job/job_1\n")
 
 
 def test_submit_passes_on_what_it_is_told(server: FakeServer, tickets: Path, tmp_path: Path) -> None:
@@ -155,12 +157,34 @@ def test_predict_labels_the_lines_of_stdin_some_at_a_time(server: FakeServer, mo
     monkeypatch.setattr(models, "TEXTS_PER_CALL", 2)
     server.answers["POST /predict"] = upper
     result = tuneproof_command("predict", "--model", "prod", stdin="a\n\nb  b\r\nc\n")
-    assert result.stdout == "A\t0.987\ta\nB  B\t0.987\tb b\nC\t0.987\tc\n"
-    assert [json.loads(request.content)["texts"] for request in server.requests] == [["a", "b  b"], ["c"]]
+    assert result.stdout == "A\t0.987\ta\n\t\t\nB  B\t0.987\tb b\nC\t0.987\tc\n"
+    assert [json.loads(request.content)["texts"] for request in server.requests] == [["a"], ["b  b", "c"]]
     assert [json.loads(request.content)["model"] for request in server.requests] == ["prod", "mdl_1"], "one version"
     lines = tuneproof_command("predict", "--model", "prod", "a", "b", "c", "--json").stdout.splitlines()
     assert [json.loads(line)["label"] for line in lines] == ["A", "B", "C"]
     assert json.loads(lines[0]) == {"text": "a", **answer(["a"])["predictions"][0], "model_id": "mdl_1"}
+
+
+def test_each_line_of_stdin_has_its_line_in_the_answer_also_a_blank_one(server: FakeServer) -> None:
+    server.answers["POST /predict"] = upper
+    lines = tuneproof_command("predict", "--model", "prod", "--json", stdin="\n  \na\n\n").stdout.splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [None, None, "A", None]
+    assert tuneproof_command("predict", "--model", "prod", stdin=" \n\n").stdout == "\t\t\n\t\t\n"
+    assert [json.loads(request.content)["texts"] for request in server.requests] == [["a"]], "blank ones are not sent"
+
+
+def test_nothing_on_stdin_is_wrong_usage(server: FakeServer) -> None:
+    result = tuneproof_command("predict", "--model", "prod", stdin="")
+    assert (result.exit_code, result.stdout, server.requests) == (2, "", [])
+    assert "There are no texts" in result.stderr
+
+
+def test_the_address_of_the_pages_is_told_from_the_services(server: FakeServer, tickets: Path) -> None:
+    server.answers |= {"GET /ui/jobs": problem(404, "not_found"), "POST /ui/jobs": problem(405)}
+    for words in (["jobs"], ["submit", str(tickets)]):
+        result = tuneproof_command(*words, "--url", "http://other.test:8000/ui")
+        assert result.exit_code == 2
+        assert "is the service's root, http://other.test:8000, without /ui." in result.stderr
 
 
 def test_models_lists_name_version_and_aliases(server: FakeServer) -> None:
@@ -170,11 +194,12 @@ def test_models_lists_name_version_and_aliases(server: FakeServer) -> None:
 
 def test_jobs_and_datasets_are_listed_with_what_tells_them_apart(server: FakeServer) -> None:
     server.answers |= {
-        "GET /jobs": {"data": [RUNNING | {"name": "tickets [x]"}], "has_more": True},
+        "GET /jobs": {"data": [RUNNING | {"name": "tickets [x]"}, JOB], "has_more": True},
         "GET /datasets": {"data": [DATASET], "has_more": False},
     }
-    shown = tuneproof_command("jobs", "--limit", "1").stdout.splitlines()
-    assert re.fullmatch(r"job_1 experiment running 42%  2026-03-01 \d\d:00 tickets \[x\] *", shown[1])
+    shown = tuneproof_command("jobs", "--limit", "2").stdout.splitlines()
+    assert re.fullmatch(r"job_1 experiment running +42%  2026-03-01 \d\d:00 +tickets \[x\] *", shown[1])
+    assert " embedding_logreg " in shown[2]
     shown = tuneproof_command("datasets").stdout.splitlines()
     assert re.fullmatch(r"ds_1 3    1      2026-03-01 \d\d:00 tickets \[x\] *", shown[1])
     assert json.loads(tuneproof_command("jobs", "--limit", "1", "--json").stdout)[0]["name"] == "tickets [x]"

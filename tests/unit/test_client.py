@@ -484,7 +484,7 @@ def test_a_job_that_failed_is_an_error_unless_told_otherwise(server: FakeServer)
     assert (error.code, error.hint, error.job.id) == ("out_of_memory", "Try a smaller batch.", "job_1")
     assert client.jobs.wait("job_1", raise_on_failure=False).status == "failed"
     server.answers["GET /jobs/job_1"] = FAILED | {"status": "cancelled", "error": None}
-    with pytest.raises(JobFailed, match="job_1 is cancelled") as caught:
+    with pytest.raises(JobFailed, match="job_1 was cancelled") as caught:
         client.jobs.wait("job_1")
     assert caught.value.code == "cancelled"
 

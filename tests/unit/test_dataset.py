@@ -308,6 +308,16 @@ def test_labels_with_too_few_distinct_texts_are_refused_by_name_or_dropped(write
     assert warnings(path, rare_labels="drop") == {"rare_label_dropped": (3, (6, 7, 8))}
 
 
+def test_a_column_of_ids_in_the_place_of_labels_is_told(write):
+    ids = write("ticket_id,text\n" + "".join(f"T{i},text {i}\n" for i in range(40)))
+    said = "nearly every row has a label of its own (40 labels in 40 rows): this looks like a column of ids"
+    assert said in refused(ids, RareLabels, label_column="ticket_id").detail
+    said = "nearly every row has one of its own: this looks like a column of ids"
+    assert said in refused(ids, TooManyLabels, label_column="ticket_id", max_labels=20).detail
+    many = write("label,text\n" + "".join(f"L{i % 21},text {i}\n" for i in range(20)) + "L0,x\n" * 40 + "L20,y\n")
+    assert "ids" not in refused(many, TooManyLabels, max_labels=20).detail
+
+
 def test_at_most_twenty_rare_labels_are_named(write):
     error = refused(write(table(*(f"text,label {i}" for i in range(30)))), RareLabels)
     assert "found 30" in error.detail

@@ -77,13 +77,11 @@ def test_the_demo_goes_from_one_post_to_three_predictions(
     assert "GET /jobs/job_1/report" in shown.out
 
 
-def test_without_a_generative_model_it_says_similarity_and_names_the_command_for_more(
+def test_without_a_prompt_among_the_methods_it_names_the_command_for_one(
     demo_server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     go_through(demo_server, tmp_path)
     shown = capsys.readouterr().out
-    assert "similarity" in shown
-    assert "prompting" not in shown.lower()
     assert "models pull qwen3-0.6b" in shown
 
 

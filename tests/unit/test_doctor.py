@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from service import doctor
 from service.__main__ import main
+from service.core.errors import ModelUnavailable
 from service.core.settings import Settings
 from service.db import catalog
 from service.db.engine import Database, migrate
 from service.doctor import Finding, examine
+from service.ml.base_models import BaseModel, Located
 from tests.rows import START, fresh_database
 from tuneproof import cli
 from tuneproof.commands import server
@@ -47,6 +49,8 @@ def test_a_healthy_machine_fails_nowhere_and_nothing_is_made(tmp_path: Path) -> 
     found = findings(tmp_path / "new")
     assert not [finding for finding in found.values() if finding.level == "fail"]
     assert "first start" in found["database"].found
+    assert found["data folder"].found == f"{tmp_path / 'new'} is not there yet"
+    assert found["data folder"].level == "note"
     assert found["model minilm"].found.endswith("weights verified")
     assert list(tmp_path.iterdir()) == []
 
@@ -57,7 +61,7 @@ def test_what_is_there_is_left_as_it_was_also_beside_a_running_server(tmp_path: 
     (tmp_path / "storage").mkdir()
     before = everything_in(tmp_path)
     found = findings(tmp_path)
-    assert found["database"].level == found["storage"].level == "ok"
+    assert found["database"].level == found["storage"].level == found["data folder"].level == "ok"
     assert "takes, gives and deletes" in found["storage"].found
     assert everything_in(tmp_path) == before
     db = Database(db.url)
@@ -69,6 +73,30 @@ def test_what_is_there_is_left_as_it_was_also_beside_a_running_server(tmp_path: 
     assert findings(tmp_path)["keys"].found == "there are some", "also from the write-ahead log"
     assert set(everything_in(tmp_path)) == set(before)
     db.close()
+
+
+def test_the_data_folder_is_told_before_all_that_depends_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNEPROOF_DATA_DIR", raising=False)
+    assert next(examine(Settings(port=0))).found == f"{tmp_path / 'data'} is not there yet"
+    (tmp_path / "data").mkdir()
+    assert next(examine(Settings(port=0))) == Finding("ok", "data folder", str(tmp_path / "data"))
+    assert main(["keys", "create", "--name", "me", "--scope", "read"]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"Keys of the server with its data in {tmp_path / 'data'}:\n")
+    assert len(said.out.split()) == 1, "the key alone"
+
+
+def test_a_base_model_that_is_not_at_hand_is_not_called_ok(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(base: BaseModel, *, download: bool = True) -> Located:
+        raise ModelUnavailable("It is not here.", hint="Fetch it.")
+
+    monkeypatch.setattr(doctor, "locate", away)
+    found = findings(tmp_path)
+    assert (found["model minilm"].level, found["model qwen3-0.6b"].level) == ("fail", "note")
+    assert "tuneproof models pull qwen3-0.6b" in found["model qwen3-0.6b"].todo
 
 
 def test_a_database_that_is_behind_damaged_or_no_database_is_told(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def experiment(
         for name, given in ids.items()
     }
     comparisons = compare_all(answers, K, seed)
-    recommendation = recommend(answers, comparisons, MARGIN, K, seed)
+    recommendation = recommend(answers, comparisons, MARGIN, K, seed, 0.1)
     return Told(comparisons, recommendation, headline(recommendation, answers, comparisons))
 
 

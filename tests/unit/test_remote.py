@@ -386,6 +386,7 @@ def test_a_method_whose_endpoint_fails_on_the_way_is_left_out_and_the_others_are
     assert set(metrics["methods"]) == {"majority"}
     (warning,) = [line for line in told(messages) if line.startswith("warning")]
     assert "zero_shot_prompt: left out" in warning
+    assert "Prompting was not tested, because the endpoint failed" in (tmp_path / "out" / "report.html").read_text()
     assert "status 500" in warning
     assert "6 texts were sent" in str(told(messages))
 

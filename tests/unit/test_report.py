@@ -67,7 +67,7 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
             methods[method] |= {"test": score(predictions, true_ids, labels)}
         answers[method] = MethodAnswers(true_ids, true_ids[half], None if prompted else ids, ids[half])
     comparisons = compare_all(answers, K, 0)
-    recommendation = recommend(answers, comparisons, 0.02, K, 0)
+    recommendation = recommend(answers, comparisons, 0.02, K, 0, 0.1)
     metrics = {
         "schema_version": 1,
         "job_id": "job_1",

@@ -79,7 +79,7 @@ def list_jobs(limit: Limit = 20, as_json: AsJson = False, url: Url = DEFAULT_URL
     if as_json:
         print_json([job.raw for job in jobs])
         return
-    table = plain_table("id", "kind", "status", "done", "created", "name")
+    table = plain_table("id", "kind", "status", "done", "created", "recommended", "name")
     for job in jobs:
         table.add_row(
             job.id,
@@ -87,6 +87,7 @@ def list_jobs(limit: Limit = 20, as_json: AsJson = False, url: Url = DEFAULT_URL
             job.status,
             f"{job.progress.fraction:.0%}",
             f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
+            job.summary.recommendation.method if job.summary and job.summary.recommendation else "",
             Text(job.name),
         )
     print_table(table)
@@ -160,6 +161,7 @@ def watch_job(client: Client, job_id: str, as_json: bool) -> None:
         show_result(job, warnings_of(client, job_id))
         if job.served:
             out.print(f"Ask {job.served[1]} with: {command(client, 'predict', '--model', job.served[0], 'a text')}")
+        out.print(f"The job's page: {client.url}/ui/#/job/{job.id}")
     if job.status != "succeeded":
         raise typer.Exit(FAILED)
 

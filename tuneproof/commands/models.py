@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from tuneproof.commands.jobs import show_started, watch_job
 from tuneproof.commands.options import EXIT_CODES, AliasName, ApiKey, AsJson, Limit, ModelId, ModelOrAlias, Url, connect
 from tuneproof.commands.show import err, out, plain_table, print_json, print_table, score
 from tuneproof.processes import become
+from tuneproof.results import Prediction
 from tuneproof.sync.client import DEFAULT_URL
 
 TEXTS_PER_CALL = 128
@@ -46,7 +47,8 @@ def predict(
 ) -> None:
     """Label texts: prints label, confidence and text, separated by tabs; a label left open is empty. Or a whole file.
 
-    An alias that is moved meanwhile changes nothing: one run is answered by one version.
+    A blank line is answered by one that holds nothing, so that answers stand beside their lines. An alias that is
+    moved meanwhile changes nothing: one run is answered by one version.
     """
     if file is not None:
         if texts or target_precision is not None:
@@ -65,24 +67,35 @@ def predict(
     if not texts and sys.stdin.isatty():
         raise typer.BadParameter("Give texts as arguments, or one a line on standard input.")
     waiting, note = iter(texts) if texts else _lines(), None
+    if (first := next(waiting, None)) is None:
+        raise typer.BadParameter("There are no texts: standard input is empty.")
+    waiting = chain([first], waiting)
     with connect(url, api_key) as client:
         while batch := list(islice(waiting, TEXTS_PER_CALL)):
-            answer = client.predict(
-                model,
-                batch,
-                top_k=3 if top_k is None else top_k,
-                min_confidence=min_confidence,
-                target_precision=target_precision,
-            )
-            model = answer.model_id
-            if answer.threshold and note != (note := answer.threshold.note):
-                err.print(note)
-            for text, prediction in zip(batch, answer.predictions, strict=True):
-                if as_json:
-                    shown = {"text": text, **prediction.raw, "model_id": model}
-                    typer.echo(json.dumps(shown, ensure_ascii=False))
-                else:  # one line each, whatever white space a text holds
-                    typer.echo(f"{prediction.label or ''}\t{prediction.confidence:.3f}\t{' '.join(text.split())}")
+            predictions: Iterator[Prediction] = iter(())
+            if asked := [text for text in batch if text.strip()]:
+                answer = client.predict(
+                    model,
+                    asked,
+                    top_k=3 if top_k is None else top_k,
+                    min_confidence=min_confidence,
+                    target_precision=target_precision,
+                )
+                model, predictions = answer.model_id, iter(answer.predictions)
+                if answer.threshold and note != (note := answer.threshold.note):
+                    err.print(note)
+            for text in batch:
+                _print_answer(text, next(predictions) if text.strip() else None, model, as_json)
+
+
+def _print_answer(text: str, prediction: Prediction | None, model: str, as_json: bool) -> None:
+    if as_json:
+        found = {"label": None, "confidence": None} if prediction is None else prediction.raw
+        typer.echo(json.dumps({"text": text, **found, "model_id": model}, ensure_ascii=False))
+    elif prediction is None:
+        typer.echo("\t\t")
+    else:  # one line each, whatever white space a text holds
+        typer.echo(f"{prediction.label or ''}\t{prediction.confidence:.3f}\t{' '.join(text.split())}")
 
 
 @models.callback(invoke_without_command=True)
@@ -157,5 +170,4 @@ def _lines() -> Iterator[str]:
                 f"Expected UTF-8 on standard input, found {found} of line {number}. Convert it before, for example "
                 "with: iconv -f cp1252 -t utf-8"
             ) from None
-        if text.strip():
-            yield text
+        yield text

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tuneproof.errors import TuneproofError
-from tuneproof.results import Job
+from tuneproof.results import ENDED, Job
 from tuneproof.sync.client import DEFAULT_URL, Client
 
 
@@ -79,7 +79,7 @@ def show_result(job: Job, warnings: Iterable[str] = ()) -> None:
     if job.status != "succeeded" or job.summary is None:
         error = job.error
         why = f": {error.message} ({error.code})" if error else "."
-        err.print(f"The job {job.id} is {job.status}{why}")
+        err.print(f"The job {job.id} {ENDED.get(job.status, f'is {job.status}')}{why}")
         if error and error.hint:
             err.print(error.hint)
         return
