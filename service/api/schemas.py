@@ -353,8 +353,8 @@ class BaseModelOut(BaseModel):
 class BaseModelsOut(Page[BaseModelOut]):
     """What is at hand is so where the API runs. `prompt_endpoints` may be a `prompt_model`, too.
 
-    `auto_prompt_model` is what a `prompt_model` of 'auto' prompts beside a base model that is not generative; None where
-    it is not at hand.
+    `auto_prompt_model` is what a `prompt_model` of 'auto' prompts beside a base model that is not generative; None
+    where it is not at hand.
     """
 
     auto_prompt_model: str | None

@@ -106,7 +106,8 @@ def rare_labels(scan: Scan, usable: Integers, policy: Literal["refuse", "drop"],
     expected = f"at least {MIN_DISTINCT_TEXTS} distinct texts for every label"
     if len(scan.labels) < 2:
         raise TooFewLabels(
-            f"Expected at least 2 labels in column {shown(column)}, found {len(scan.labels)}. Pass another label_column."
+            f"Expected at least 2 labels in column {shown(column)}, found {len(scan.labels)}. Pass another "
+            "label_column."
         )
     if rare.size and policy == "refuse":
         raise RareLabels(
