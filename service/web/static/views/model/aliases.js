@@ -79,7 +79,7 @@ function Promote({ model, aliases, known, ask, onMoved }) {
     } catch (problem) {
       throw Object.assign(problem, { alias }); // said of this alias alone, should another be typed
     }
-    onMoved(html`<p>${alias} points to this model now.</p>${differ}<${Gate} of=${{ data: moved.gate }} />`);
+    onMoved(html`<p>${alias} points to this model now.</p>${differ}<${Gate} of=${{ data: moved.gate }} other="the one before" />`);
   });
   const error = failed?.alias === alias ? failed : null;
   const force = async () => {
@@ -120,14 +120,14 @@ const VERDICTS = {
   inconclusive: "Neither is shown to be better.",
 };
 
-/** What the gate says before anything is moved. */
-function Gate({ of: { data, error, loading } }) {
+/** What the gate says of this model and of the `other` one. */
+function Gate({ of: { data, error, loading }, other = "the one in its place" }) {
   if (loading) return html`<${Loading} what="the comparison of the two" />`;
   if (error) return html`<p class="notice">They could not be compared beforehand: <${Said} text=${error.message} /> Promoting compares them again.</p>`;
   if (!data) return null;
   if (!data.checked) return html`<p class="notice"><${Said} text=${data.note} /></p>`;
   return html`<div class="notice">
     <p><strong>${VERDICTS[data.verdict]}</strong></p>
-    <p>On ${number(data.n)} rows that neither was trained on, this model is right on ${percent(data.candidate_accuracy)}, the one in its place on ${percent(data.incumbent_accuracy)}: ${points(data.accuracy_delta)} points (95 % interval ${data.accuracy_delta_ci95.map(points).join(" to ")}; p ${pValue(data.mcnemar_p)}). <${Said} text=${data.note ?? ""} /></p>
+    <p>On ${number(data.n)} rows that neither was trained on, this model is right on ${percent(data.candidate_accuracy)}, ${other} on ${percent(data.incumbent_accuracy)}: ${points(data.accuracy_delta)} points (95 % interval ${data.accuracy_delta_ci95.map(points).join(" to ")}; p ${pValue(data.mcnemar_p)}). <${Said} text=${data.note ?? ""} /></p>
   </div>`;
 }

@@ -41,7 +41,7 @@ export function Reading({ dataset, columns, asked, onChange }) {
   const named = columns.map((name) => [name, name]);
   const recognise = (options) => (dataset ? options : [["", "Recognise it"], ...options]);
   const known = (options, value) => (!value || options.some(([option]) => option === value) ? options : [...options, [value, value]]);
-  return html`<section class="reading" aria-label="How the file is read">
+  return html`<div class="reading" role="group" aria-label="How the file is read">
     ${columns.length > 0 &&
     html`<div class="grid">
       ${choice("text_column", "Column of the texts", known(recognise(named), now.text_column))}
@@ -56,5 +56,5 @@ export function Reading({ dataset, columns, asked, onChange }) {
         ${columns.length > 0 && choice("split_column", "Column of the file's own split", [["", "None: split the rows anew"], ...named], "Says train, validation or test in each row")}
       </div>
     </details>
-  </section>`;
+  </div>`;
 }
