@@ -18,13 +18,13 @@ from service.api.datasets import UPLOAD_FIELDS, read_form, store, upload_form
 from service.api.idempotency import IdempotencyKey, answer_once, form_content, json_content, respond
 from service.api.schemas import ArtifactOut, DatasetForm, JobOut, Page, ProgressOut
 from service.core.endpoints import endpoint_name
-from service.core.errors import InvalidData, InvalidInput, NotFound
+from service.core.errors import InvalidData, InvalidInput, NotFound, UnknownBaseModel
 from service.core.spec import ENDPOINT_PREFIX, JobSpec, Kind
 from service.core.webhooks import host_of, refuse_webhook
 from service.db import catalog, jobs
 from service.db.idempotency import Answer, Claim, keep
 from service.db.models import Artifact, Dataset, Job
-from service.ml.base_models import EMBEDDED, find_base
+from service.ml.base_models import EMBEDDED, allowed_models, find_base
 
 router = APIRouter(tags=["jobs"])
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -167,7 +167,7 @@ def check_spec(ctx: Context, spec: JobSpec) -> None:
     if (endpoint := endpoint_name(spec.baseline.prompt_model)) is not None:
         _refuse_unknown_endpoint(ctx, endpoint)
     elif spec.baseline.prompt_model != "auto":
-        find_base(spec.baseline.prompt_model, models_dir)
+        _refuse_unknown_prompt_model(ctx, spec.baseline.prompt_model)
     if spec.train.max_length > base.max_length:
         hint = "" if spec.base_model != "auto" else " ('auto' may take it; name another base model to go beyond)"
         raise InvalidInput(
@@ -196,6 +196,16 @@ def _refuse_unknown_model(ctx: Context, id_or_alias: str | None) -> None:
         )
     with ctx.db.read() as session:
         catalog.find_model(session, id_or_alias)
+
+
+def _refuse_unknown_prompt_model(ctx: Context, name: str) -> None:
+    known = [base.name for base in allowed_models(ctx.settings.models_dir).values() if base.generative]
+    if name not in known:
+        known += [ENDPOINT_PREFIX + endpoint for endpoint in ctx.settings.prompt_endpoints]
+        raise UnknownBaseModel(
+            f"Prompt model {name!r} is none that can be prompted here. Use 'auto' or one of: {', '.join(known)}.",
+            errors=[{"loc": ["baseline", "prompt_model"], "message": "not a generative model on the allow-list"}],
+        )
 
 
 def refuse_unlabelled(spec: JobSpec, *, labelled: bool) -> None:

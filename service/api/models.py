@@ -10,11 +10,12 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.orm import Session
 
 from service.api.context import Ctx, Limit, after
-from service.api.schemas import BaseModelOut, ModelOut, Page
+from service.api.schemas import BaseModelOut, BaseModelsOut, ModelOut, Page
 from service.core.errors import NotFound
+from service.core.spec import ENDPOINT_PREFIX
 from service.db import catalog
 from service.db.models import Model
-from service.ml.base_models import allowed_models
+from service.ml.base_models import PROMPT_DEFAULT, allowed_models, is_at_hand
 
 router = APIRouter(tags=["models"])
 
@@ -62,11 +63,16 @@ def delete_model(ctx: Ctx, model_id: str) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/base-models", response_model=Page[BaseModelOut])
-def list_base_models(ctx: Ctx) -> Page[BaseModelOut]:
-    """What a job may name; whether it can be had here is found out when a job asks for it."""
-    known = allowed_models(ctx.settings.models_dir).values()
-    return Page(data=[BaseModelOut.model_validate(base) for base in known], has_more=False)
+@router.get("/base-models", response_model=BaseModelsOut)
+def list_base_models(ctx: Ctx) -> BaseModelsOut:
+    """What a job may name, and what of it is at hand; the rest is fetched when a job asks for it."""
+    data = [
+        BaseModelOut(name=base.name, max_length=base.max_length, generative=base.generative, at_hand=is_at_hand(base))
+        for base in allowed_models(ctx.settings.models_dir).values()
+    ]
+    prompted = next((base.name for base in data if base.name == PROMPT_DEFAULT and base.at_hand), None)
+    endpoints = [ENDPOINT_PREFIX + name for name in ctx.settings.prompt_endpoints]
+    return BaseModelsOut(data=data, has_more=False, auto_prompt_model=prompted, prompt_endpoints=endpoints)
 
 
 def _models_out(session: Session, models: list[Model]) -> list[ModelOut]:

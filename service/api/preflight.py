@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,8 @@ from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.dataset import TableFormat
 from service.ml.eta import KNOWN, Estimate, Speed, estimates, measured_speed
 from service.ml.preflight import NearDuplicates, Preflight, Truncation, look
-from service.storage import StoredText
+from service.ml.split import Part
+from service.storage import Storage, StoredText
 
 router = APIRouter(tags=["datasets"])
 _one_at_a_time = threading.Lock()
@@ -75,9 +77,9 @@ def preflight(ctx: Ctx, dataset_id: str, asked: Annotated[PreflightIn, Query()])
         dataset = catalog.get_dataset(session, dataset_id)
     refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
     base_model = EMBEDDED if asked.base_model == "auto" else asked.base_model
-    found = _look_in_a_process_of_its_own(
-        StoredText(ctx.storage, dataset.storage_key), TableFormat(**dataset.profile["format"]),
-        spec.split.model_dump(), asked.seed, base_model, _folder(ctx, base_model), asked.max_length,
+    found = _look(
+        ctx.storage, dataset.storage_key, TableFormat(**dataset.profile["format"]), (*spec.split.model_dump().items(),),
+        asked.seed, base_model, _folder(ctx, base_model), asked.max_length,
     )  # fmt: skip
     sizes = {f"n_{part}": n for part, n in found.work.rows.items()}
     return PreflightOut(
@@ -88,6 +90,14 @@ def preflight(ctx: Ctx, dataset_id: str, asked: Annotated[PreflightIn, Query()])
         truncation=found.truncation,
         eta=estimates(found.work, _speed(ctx, base_model)),
     )
+
+
+@lru_cache(maxsize=64)
+def _look(
+    storage: Storage, key: str, table_format: TableFormat, shares: tuple[tuple[Part, float], ...], *more: Any
+) -> Preflight:
+    """Kept, since the same values find the same: a result's page asks for what the start page has asked for."""
+    return _look_in_a_process_of_its_own(StoredText(storage, key), table_format, dict(shares), *more)
 
 
 def _look_in_a_process_of_its_own(*arguments: Any) -> Preflight:

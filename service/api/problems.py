@@ -92,7 +92,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(AppError)
     async def app_error(request: Request, error: AppError) -> JSONResponse:
         detail = f"{error.detail} {error.hint}" if error.hint else error.detail
-        more = {"columns": error.columns} if isinstance(error, errors.ColumnNotFound) else {}
+        more = {"columns": error.columns} if isinstance(error, errors.InvalidData) and error.columns else {}
         wait = error.retry_after_seconds
         headers = {} if wait is None else {"Retry-After": str(wait)}
         return problem(request, STATUS[type(error)], error.code, detail, error.errors, headers, more)

@@ -19,7 +19,7 @@ class Page(BaseModel, Generic[Item]):
 
 
 class Problem(BaseModel):
-    """RFC 9457. `columns`, those of the file, is there where a column was not found or not recognised."""
+    """RFC 9457. `columns`, those of the file, is there where a file was refused whose columns are known."""
 
     type: str
     title: str
@@ -344,11 +344,21 @@ class NewKeyOut(KeyOut):
 class BaseModelOut(BaseModel):
     """A name for `base_model`; a generative one may also be a `prompt_model`. `max_length` is in tokens."""
 
-    model_config = ConfigDict(from_attributes=True)
-
     name: str
     max_length: int
     generative: bool
+    at_hand: bool
+
+
+class BaseModelsOut(Page[BaseModelOut]):
+    """What is at hand is so where the API runs. `prompt_endpoints` may be a `prompt_model`, too.
+
+    `auto_prompt_model` is what a `prompt_model` of 'auto' prompts beside a base model that is not generative; None
+    where it is not at hand.
+    """
+
+    auto_prompt_model: str | None
+    prompt_endpoints: list[str]
 
 
 class SessionIn(BaseModel):

@@ -39,9 +39,13 @@ class InvalidInput(AppError):
 
 
 class InvalidData(InvalidInput):
-    """The file is text, but not a usable table of texts and labels."""
+    """The file is text, but not a usable table of texts and labels. `columns` are its own, where they are known."""
 
     code = "invalid_data"
+
+    def __init__(self, detail: str, *, columns: Sequence[str] = (), **given: Any) -> None:
+        super().__init__(detail, **given)
+        self.columns = list(columns)
 
 
 class InvalidEncoding(InvalidData):
@@ -63,13 +67,9 @@ class DuplicateColumns(InvalidData):
 
 
 class ColumnNotFound(InvalidData):
-    """A column was asked for that is not there, or none could be recognised. `columns` are those that are there."""
+    """A column was asked for that is not there, or none could be recognised."""
 
     code = "column_not_found"
-
-    def __init__(self, detail: str, *, columns: Sequence[str] = (), **given: Any) -> None:
-        super().__init__(detail, **given)
-        self.columns = list(columns)
 
 
 class NoRows(InvalidData):

@@ -94,6 +94,13 @@ def find_base(name: str, models_dir: Path | None) -> BaseModel:
     return models[name]
 
 
+def is_at_hand(base: BaseModel) -> bool:
+    """Whether its files are on this machine; whether they are the pinned ones is for `locate` to say."""
+    with suppress(ModelUnavailable):
+        return base.repo is None or bool(_from_hub(base, download=False))
+    return False
+
+
 def locate(base: BaseModel, *, download: bool = True) -> Located:
     """Finds the files of a base model: the embedded package, the local folder, the hub's cache, or the hub.
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from service.core.errors import ColumnNotFound, InvalidData, InvalidSplit, NoRows, TooManyLabels
+from service.core.errors import (
+    ColumnNotFound,
+    InvalidData,
+    InvalidEncoding,
+    InvalidSplit,
+    MalformedRows,
+    NoRows,
+    TooManyLabels,
+)
 from service.ml import columns, findings
 from service.ml.columns import shown
 from service.ml.findings import PART_IDS, DatasetWarning, Integers, Scan, fold, warn
@@ -136,6 +144,18 @@ def profile(path: Path, options: UploadOptions) -> DatasetProfile:
         InvalidData: by its subclasses, every other reason to refuse the file.
     """
     table, inferred, names = _recognise(path, options)
+    try:
+        return _profile(path, options, table, inferred, names)
+    except (InvalidEncoding, MalformedRows):
+        raise
+    except InvalidData as error:
+        error.columns = list(names)  # the remedy may be another one
+        raise
+
+
+def _profile(
+    path: Path, options: UploadOptions, table: TableFormat, inferred: tuple[str, ...], names: tuple[str, ...]
+) -> DatasetProfile:
     scan = _scan(path, table, options.max_labels)
     usable = np.flatnonzero((scan.lengths > 0) & (scan.label_ids >= 0))
     if not usable.size:
@@ -147,7 +167,7 @@ def profile(path: Path, options: UploadOptions) -> DatasetProfile:
     ]
     if table.needs_label:
         findings.refuse_unclear_labels(scan)
-        rare = findings.rare_labels(scan, usable, options.rare_labels)
+        rare = findings.rare_labels(scan, usable, options.rare_labels, str(table.label_column))
         is_rare = np.isin(scan.label_ids[usable], rare)
         table = replace(table, dropped_labels=tuple(sorted(scan.labels[i] for i in rare)))
         warnings.append(findings.label_variants(scan))
@@ -199,6 +219,8 @@ def read_frame(file: TextSource, table: TableFormat) -> "pd.DataFrame":
 
 def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[str, ...], tuple[str, ...]]:
     """How to read the file, what of that is inferred, and the columns there are."""
+    if not path.stat().st_size:
+        raise NoRows("The file is empty: it has 0 bytes. Save it with its rows, and send it again.")
     refuse_binary(path)
     encoding = resolve_encoding(path, options.encoding)
     lines = head_lines(path, encoding)

@@ -85,13 +85,14 @@ def refuse_unclear_labels(scan: Scan) -> None:
     bad.refuse(InvalidLabels, f"Expected labels of one line that can be told apart, found: {found}. Correct them.")
 
 
-def rare_labels(scan: Scan, usable: Integers, policy: Literal["refuse", "drop"]) -> Integers:
+def rare_labels(scan: Scan, usable: Integers, policy: Literal["refuse", "drop"], column: str) -> Integers:
     """Ids of the labels with too few distinct texts, where they may be dropped.
 
     Args:
         scan: of N rows.
         usable: `(U,)`, row numbers.
         policy: what to do about rare labels.
+        column: the labels', for the message.
 
     Raises:
         TooFewLabels: fewer than two labels, or fewer than two that are not rare.
@@ -105,7 +106,10 @@ def rare_labels(scan: Scan, usable: Integers, policy: Literal["refuse", "drop"])
     listed += ", …" if rare.size > LISTED_LABELS else ""
     expected = f"at least {MIN_DISTINCT_TEXTS} distinct texts for every label"
     if len(scan.labels) < 2:
-        raise TooFewLabels(f"Expected at least 2 labels, found {len(scan.labels)}. Check label_column.")
+        raise TooFewLabels(
+            f"Expected at least 2 labels in column {shown(column)}, found {len(scan.labels)}. Pass another "
+            "label_column."
+        )
     if rare.size > ID_LIKE * usable.size and policy == "refuse":
         raise RareLabels(
             f"Expected {expected}, found that nearly every row has a label of its own ({len(scan.labels):,} labels in "

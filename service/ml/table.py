@@ -58,6 +58,7 @@ _BYTE_ORDER_MARKS = (
 _NOT_FOR_FILES = {"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"}
 # Control characters, and the surrogates that stand for bytes that could not be decoded.
 _FAULT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _OVERLONG = "field larger than field limit"  # as the csv module says it
 
 
@@ -101,11 +102,11 @@ class BadRows:
             where: dict[str, Any] = {"loc": ["header"]} if row < 0 else {"row": row}
             self.entries.append({**where, "message": message})
 
-    def refuse(self, error: type[AppError], expected: str) -> None:
-        """Raise `error` if there is any bad row; `expected` says what should be there and what to do."""
+    def refuse(self, error: type[AppError], expected: str, first: str = "") -> None:
+        """Raise `error` if there is any bad row; `expected` says what should be there and what to do, after `first`."""
         if self.total:
             listed = f", the first {LISTED_ROWS} listed" if self.total > LISTED_ROWS else ""
-            raise error(f"Bad rows: {self.total}{listed}. {expected}", errors=self.entries)
+            raise error(f"{first}Bad rows: {self.total}{listed}. {expected}", errors=self.entries)
 
 
 class Cells:
@@ -120,6 +121,7 @@ class Cells:
         self.rows_with_quotes = array("q")  # told apart only where quotes are literal
         self._row = -1 if has_header else 0
         self._malformed, self._undecodable = BadRows(), BadRows()
+        self._n_lines = self._n_with_control = 0
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
         width = 0
@@ -153,18 +155,24 @@ class Cells:
         """
         encoding = self.dialect.encoding
         advice = "Pass the file's encoding (cp1252 is common) or save it as UTF-8."
-        self._undecodable.refuse(InvalidEncoding, f"Expected {encoding}, found bytes that are not. {advice}")
+        # Texts in another encoding have other faults, but for UTF-16, which has a NUL in most characters.
+        is_text = 2 * self._n_with_control <= self._n_lines
+        first = "" if is_text else f"This does not look like a text file in {encoding}. "
+        self._undecodable.refuse(InvalidEncoding, f"Expected {encoding}, found bytes that are not. {advice}", first)
         self._malformed.refuse(
             MalformedRows,
             f"Expected rows of equally many cells, separated by {self.dialect.delimiter!r}, with quotes closed and "
             "doubled inside cells, and no control characters. Mend these rows, or pass the delimiter.",
+            first,
         )
 
     def _inspected(self, lines: Iterator[str]) -> Iterator[str]:
         literal_quotes = self.dialect.literal_quotes
         for line in lines:
+            self._n_lines += 1
             if fault := _FAULT.search(line):
                 self._note(ord(fault[0]))
+                self._n_with_control += _CONTROL.search(line) is not None
             if literal_quotes and '"' in line and self._row >= 0:
                 self.rows_with_quotes.append(self._row)
             yield line

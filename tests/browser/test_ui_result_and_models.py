@@ -94,7 +94,7 @@ def tab(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens a page whose complaints must be none but those said to be expected."""
     contexts: list[BrowserContext] = []
     complaints: list[str] = []
-    expected: list[str] = []
+    expected = ["429"]  # a preflight while another page's is under way
 
     def opened(expect_complaint: str = "", **given: Any) -> Page:
         contexts.append(browser.new_context(**{"viewport": {"width": 1200, "height": 900}} | given))
@@ -144,7 +144,7 @@ def test_the_verdict_stands_first_and_nothing_leaves_the_window(
     page = tab(viewport={"width": width, "height": 800}, color_scheme=scheme)
     main = show(page, site, "whole")
     job = httpx.get(f"{site.url}/jobs/{site.jobs['whole'].id}").json()
-    assert headings(page)[0] == job["summary"]["headline"]
+    expect(page.get_by_role("heading", level=2).first).to_have_text(job["summary"]["headline"])
     expect(main.get_by_text(job["summary"]["recommendation"]["reason"])).to_be_visible()
     for part in (
         "The ladder of methods", "Pair by pair", "Rows that changed sides", "Where it errs", "How many labels it takes",
@@ -271,7 +271,8 @@ def test_the_slider_says_what_a_threshold_buys(site: Site, tab: Callable[..., Pa
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     point = curve[3]
-    said = f"{100 * point['coverage']:.0f} % of the rows are answered, {100 * point['accuracy']:.1f} % of those right"
+    answered, right = f"{100 * point['coverage']:.0f}\u00a0%", f"{100 * point['accuracy']:.1f}\u00a0%"
+    said = f"{answered} of the rows are answered, {right} of those right"
     expect(slider).to_have_attribute("aria-valuetext", f"{point['threshold']:.3f}: {said}")
     expect(main.get_by_text(said)).to_be_visible()
 
@@ -350,6 +351,34 @@ def test_every_file_can_be_downloaded_and_the_report_opened(site: Site, tab: Cal
         assert Path(download.value.path()).stat().st_size == file["size_bytes"]
     main.get_by_role("link", name="Open the report").click()
     expect(page.get_by_role("heading", level=1)).to_have_text(job["summary"]["headline"])
+
+
+def test_one_method_looks_the_same_in_every_chart_and_is_chosen_first(site: Site, tab: Callable[..., Page]) -> None:
+    page = tab()
+    main = show(page, site, "whole")
+    expect(main.get_by_role("combobox", name="Method").last).to_have_value("lora")
+    drawn = main.locator(".keys li").evaluate_all(
+        "all => all.map(one => [one.innerText.trim(), one.querySelector('svg').innerHTML])"
+    )
+    looks = {name: {look for other, look in drawn if other == name} for name, _ in drawn}
+    assert {len(found) for found in looks.values()} == {1}
+    assert len(set.union(*looks.values())) == len(looks)
+
+
+def test_without_a_prompt_the_verdict_says_so_and_has_no_empty_columns(site: Site, tab: Callable[..., Page]) -> None:
+    page = tab()
+    main = show(page, site, "baseline")
+    expect(main.get_by_text("Prompting was not tested:")).to_be_visible()
+    assert main.get_by_role("columnheader", name="No label given").count() == 0
+    main = show(tab(), site, "whole")
+    assert main.get_by_text("Prompting was not tested:").count() == 0
+    expect(main.get_by_role("columnheader", name="No label given")).to_be_visible()
+
+
+def test_what_leaks_across_the_split_stands_by_the_verdict(site: Site, tab: Callable[..., Page]) -> None:
+    page = tab()
+    main = show(page, site, "whole")
+    expect(main.get_by_text("almost the text of a row in another part")).to_be_visible(timeout=60_000)
 
 
 # Copied calls -------------------------------------------------------------------------------------
@@ -466,10 +495,10 @@ def test_an_alias_is_promoted_refused_forced_pointed_back_and_deleted(site: Site
     expect(page.get_by_text("This model is shown to be worse")).to_be_visible()
     page.get_by_role("button", name="Promote all the same").click()
     confirm(page, "Promote all the same")
-    expect(page.get_by_role("button", name="Point back to version")).to_be_visible()
+    expect(page.get_by_role("button", name="Point back to tickets, version")).to_be_visible()
     assert pointed(site, "production") == bad
 
-    page.get_by_role("button", name="Point back to version").click()
+    page.get_by_role("button", name="Point back to tickets, version").click()
     confirm(page, "Point back")
     expect(page.get_by_text("production points back to tickets")).to_be_visible()
     assert pointed(site, "production") == good
@@ -479,6 +508,36 @@ def test_an_alias_is_promoted_refused_forced_pointed_back_and_deleted(site: Site
     confirm(page, "Delete")
     expect(page.get_by_text("None points here.")).to_be_visible()
     assert pointed(site, "production") is None
+
+
+def test_a_refusal_is_said_once_and_other_labels_are_said_before_and_after(
+    site: Site, tab: Callable[..., Page], tmp_path: Path
+) -> None:
+    fewer = leave(site.context, site.url, tmp_path, {"lora": 0.9}, LABELS[:2], TEXTS, kind="train", name="fewer")
+    good, bad = (site.jobs[name].model_ids["lora"] for name in ("whole", "worse"))
+    for alias in ("swapped", "refused"):
+        httpx.put(f"{site.url}/aliases/{alias}", json={"model_id": good}).raise_for_status()
+    page = tab("409")
+    page.goto(f"{site.url}/ui/#/model/{fewer.model_ids['lora']}")
+    page.get_by_label("Alias", exact=True).fill("Not An Alias")
+    page.get_by_role("button", name="Promote").click()
+    said = page.get_by_label("Alias", exact=True).evaluate("node => node.validationMessage")
+    assert said.startswith("An alias begins with")
+    page.get_by_label("Alias", exact=True).fill("swapped")
+    differ = page.get_by_text("These models have different labels: 0 only in this one, 3 only in tickets, version")
+    expect(differ).to_be_visible()
+    with page.expect_response("**/aliases/swapped"):
+        page.get_by_role("button", name="Promote", exact=True).click()
+    expect(page.get_by_text("swapped points to this model now.")).to_be_visible()
+    expect(differ).to_have_count(1)
+
+    page.route("**/gate?*", lambda route: (page.wait_for_timeout(300), route.continue_()))
+    page.goto(f"{site.url}/ui/#/model/{bad}")
+    page.get_by_label("Alias", exact=True).fill("refused")
+    with page.expect_response("**/aliases/refused"):
+        page.get_by_role("button", name="Promote").click()  # before it is known
+    expect(page.get_by_role("button", name="Promote all the same")).to_be_visible()
+    expect(page.get_by_text("is shown to be worse")).to_have_count(1)
 
 
 def pointed(site: Site, alias: str) -> str | None:

@@ -69,8 +69,22 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
     preview = page.get_by_role("region", name="First rows")
     expect(preview.get_by_role("columnheader", name="category recognised")).to_be_visible()
 
-    page.get_by_label("Column of the labels").select_option("team")
-    page.get_by_role("button", name="Read it again like this").click()
+    held = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/datasets", hold)
+    begin = page.get_by_role("button", name="Compare prompting and fine-tuning")
+    with page.expect_request("**/datasets"):  # by itself
+        page.get_by_label("Column of the labels").focus()
+        page.get_by_label("Column of the labels").select_option("team")
+        expect(begin).to_be_disabled()  # or it would compare on the column of before
+    expect(begin).to_be_disabled()
+    held[0].continue_()
+    page.unroute("**/datasets")
+    expect(begin).to_be_enabled()
+    expect(page.get_by_label("Column of the labels")).to_be_focused()
     expect(preview.get_by_role("columnheader", name="Label team")).to_be_visible()
     expect(preview.get_by_text("recognised")).to_have_count(1)
     until(
@@ -83,7 +97,6 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
     page.get_by_label("Longest text, in tokens").fill("32")
     page.get_by_label("Seed").fill("-1")
     page.get_by_text("Options", exact=True).click()
-    begin = page.get_by_role("button", name="Compare prompting and fine-tuning")
     begin.click()
     expect(page.get_by_label("Seed")).to_be_focused()  # unfolded again, to show what is wrong
     page.get_by_label("Seed").fill("7")
@@ -130,10 +143,63 @@ def test_what_is_refused_can_be_read_another_way_or_without_its_rare_labels(serv
     drop(page, "one,two\n" + "".join(f"x{i % 2},y{i % 3}\n" for i in range(12)) + "x0,rare\n")
     expect(page.get_by_role("alert")).to_contain_text("Expected a column of texts, recognised none")
     page.get_by_label("Column of the texts").select_option("one")
+    expect(page.get_by_role("alert")).to_contain_text("rare (1)")
     page.get_by_label("Column of the labels").select_option("two")
-    page.get_by_role("button", name="Read it again like this").click()
-    expect(page.get_by_role("alert")).to_contain_text("rare")
+    expect(page.get_by_label("Column of the labels").locator("..")).to_contain_text("As you said")
+    expect(page.get_by_role("alert")).to_contain_text("leave those rows out")
     assert len(service.items("/datasets")) == before  # nothing refused is kept
+
+
+def test_a_constant_column_taken_for_the_labels_is_mended_in_the_page(page):
+    rows = "".join(f"{text},open,{label}\n" for text, label in zip(*labelled_texts(60), strict=True))
+    drop(page, "text,category,kind\n" + rows)
+    expect(page.get_by_role("alert")).to_contain_text("at least 2 labels in column category, found 1")
+    expect(page.get_by_role("alert")).to_contain_text("Choose another “Column of the labels”")
+    page.get_by_label("Column of the labels").select_option("kind")
+    expect(page.get_by_role("region", name="First rows").get_by_role("columnheader", name="Label kind")).to_be_visible()
+
+
+def test_a_choice_that_is_refused_goes_back_to_what_stands_below(page):
+    drop(page, "text,label,status\n" + "".join(f"words {i} here,{'ab'[i % 2]},open\n" for i in range(30)))
+    expect(page.get_by_role("heading", name="tickets")).to_be_focused()
+    page.get_by_label("Column of the labels").select_option("status")
+    expect(page.get_by_role("alert")).to_contain_text("column status, found 1")
+    expect(page.get_by_label("Column of the labels")).to_have_value("label")
+    expect(page.get_by_role("button", name="Compare prompting and fine-tuning")).to_be_enabled()
+
+
+def test_choices_made_one_after_the_other_leave_one_dataset(service, page):
+    before = [found["id"] for found in service.items("/datasets")]
+    drop(page, "text,label,a,b\n" + "".join(f"words {i} here,{'ab'[i % 2]},{i % 3},{i % 4}\n" for i in range(60)))
+    expect(page.get_by_role("heading", name="tickets")).to_be_focused()
+    sent = []
+    page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
+    labels = page.get_by_label("Column of the labels")
+    for name in ("a", "b", "a", "b"):
+        labels.select_option(name)
+    preview = page.get_by_role("region", name="First rows")
+    expect(preview.get_by_role("columnheader", name="Label b")).to_be_visible()
+    assert len(sent) == 1
+    left = lambda: [found for found in service.items("/datasets") if found["id"] not in before]  # noqa: E731
+    until(lambda: [found["label_column"] for found in left()] == ["b"], 20, "one dataset is left")
+
+
+def test_what_leaks_across_the_split_and_what_is_not_at_hand_is_said_above_the_button(page):
+    busy = {"status": 429, "headers": {"Retry-After": "1"}, "json": {"detail": "Ask again.", "code": "queue_full"}}
+    answers = [lambda route: route.fulfill(**busy), lambda route: route.continue_()]
+    page.route("**/preflight*", lambda route: answers.pop(0)(route) if len(answers) > 1 else answers[0](route))
+    texts = [
+        f"my parcel number {i // 4} did not come to me this week, where is it now{'!' * (i % 4)}" for i in range(80)
+    ]
+    drop(page, "text,label\n" + "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate(texts)))
+    expect(page.get_by_text("asked for by itself")).to_be_visible()
+    leak = page.get_by_text("almost the text of a row in another part")
+    expect(leak).to_be_visible(timeout=LONG)
+    begin = page.get_by_role("button", name="Compare prompting and fine-tuning")
+    assert leak.bounding_box()["y"] < begin.bounding_box()["y"]
+    expect(page.get_by_text("prompting will not be tested")).to_be_visible()
+    page.get_by_text("Options", exact=True).click()
+    expect(page.get_by_label("Prompt model").locator("option")).to_contain_text(["auto", "not at hand"])
 
 
 def test_rows_of_rare_labels_are_dropped_at_a_click(page):

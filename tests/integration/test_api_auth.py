@@ -269,7 +269,7 @@ def test_keys_are_made_listed_and_revoked_and_shown_once(
 
     assert main(["keys", "create", "--name", "app", "--scope", "predict", "--expires-days", "30"]) == 0
     made = capsys.readouterr()
-    secret, key_id = made.out.strip(), made.err.split()[0]
+    secret, key_id = made.out.strip(), made.err.splitlines()[-1].split()[0]
     assert secret.startswith("tp_")
     assert secret not in made.err
     assert main(["keys", "list"]) == 0

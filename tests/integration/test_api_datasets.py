@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import random
 import socket
 import zipfile
 from collections.abc import Callable, Iterator
@@ -88,6 +89,22 @@ def test_a_page_is_told_the_columns_to_choose_from(client: TestClient) -> None:
         "/jobs", files={"file": ("a.csv", content)}, data={"label_column": "topic", "has_header": "true"}
     )
     assert problem_of(spec_too, 422, "column_not_found")["columns"] == columns
+
+
+def test_a_refusal_that_another_column_may_mend_tells_the_columns(client: TestClient) -> None:
+    rows = "text,status,kind\n" + "".join(f"some words {i},open,{'ab'[i % 2]}\n" for i in range(12))
+    body = problem_of(upload(client, rows, label_column="status"), 422, "too_few_labels")
+    assert body["columns"] == ["text", "status", "kind"]
+    assert "at least 2 labels in column status, found 1" in body["detail"]
+
+
+def test_what_is_no_text_or_empty_is_said_so_first(client: TestClient) -> None:
+    noise = random.Random(0).randbytes(5000)
+    body = problem_of(upload(client, noise), 422, "invalid_encoding")
+    assert body["detail"].startswith("This does not look like a text file in utf-8. Bad rows: ")
+    german = "".join(f"wo bleibt das Päckchen {i},{'ab'[i % 2]}\n" for i in range(12)).encode("cp1252")
+    assert problem_of(upload(client, german), 422, "invalid_encoding")["detail"].startswith("Bad rows: 12. ")
+    assert problem_of(upload(client, b""), 422, "no_rows")["detail"].startswith("The file is empty")
 
 
 def test_columns_have_names_where_the_file_gives_none_and_are_not_told_without_end(client: TestClient) -> None:

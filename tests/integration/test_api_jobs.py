@@ -259,7 +259,16 @@ def test_a_remote_model_is_one_that_the_operator_configured(start: Start) -> Non
 @pytest.mark.parametrize("field", ["base_model", "baseline.prompt_model"])
 @pytest.mark.parametrize("name", ["gpt-4", "../minilm", "codefuse-ai/F2LLM-0.6B", "MINILM", "file:///etc", "a\u0000b"])
 def test_a_base_model_off_the_list_is_422_and_the_list_is_told(client: TestClient, field: str, name: str) -> None:
-    assert "minilm" in problem_of(post(client, **nested(field, name)), 422, "unknown_base_model")["detail"]
+    body = problem_of(post(client, **nested(field, name)), 422, "unknown_base_model")
+    assert ("minilm" if field == "base_model" else "qwen3-0.6b") in body["detail"]
+    assert body["errors"][0]["loc"] == field.split(".")
+
+
+def test_a_model_that_cannot_be_prompted_is_refused_as_the_prompt_model_it_was_named_as(start: Start) -> None:
+    client = start(prompt_endpoints={"ollama": {"base_url": "http://127.0.0.1:9/v1", "model": "llama3.2"}})
+    body = problem_of(post(client, baseline={"prompt_model": "minilm"}), 422, "unknown_base_model")
+    assert body["detail"].endswith("Use 'auto' or one of: qwen3-0.6b, remote:ollama.")
+    assert body["errors"][0]["loc"] == ["baseline", "prompt_model"]
 
 
 # Predicting ---------------------------------------------------------------------------------------

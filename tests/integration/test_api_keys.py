@@ -165,11 +165,21 @@ def test_the_base_models_are_those_of_the_allow_list(start: Start, tmp_path: Pat
         (tmp_path / "models" / name / "model.safetensors").write_bytes(b"")
         config = f'{{"max_position_embeddings": 64, "architectures": ["{architecture}"]}}'
         (tmp_path / "models" / name / "config.json").write_text(config)
-    answer = start(models_dir=tmp_path / "models").get("/base-models").json()
+    remote = {"ollama": {"base_url": "http://127.0.0.1:9/v1", "model": "llama3.2"}}
+    answer = start(models_dir=tmp_path / "models", prompt_endpoints=remote).get("/base-models").json()
     assert answer["has_more"] is False
+    assert answer["prompt_endpoints"] == ["remote:ollama"]
+    assert answer["auto_prompt_model"] is None
     found = {base["name"]: base for base in answer["data"]}
     assert list(found) == list(allowed_models(tmp_path / "models"))
-    assert found["mine"] == {"name": "mine", "max_length": 64, "generative": False}
+    assert found["mine"] == {"name": "mine", "max_length": 64, "generative": False, "at_hand": True}
     assert found["writes"]["generative"] is True
     assert found["minilm"]["max_length"] == 64  # the folder's, not the embedded one's
-    assert found["qwen3-0.6b"]["generative"] is True
+    assert found["qwen3-0.6b"] == {"name": "qwen3-0.6b", "max_length": 32768, "generative": True, "at_hand": False}
+
+
+def test_what_auto_prompts_is_told_where_it_is_at_hand(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "qwen3-0.6b").mkdir()
+    (tmp_path / "qwen3-0.6b" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "qwen3-0.6b" / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    assert start(models_dir=tmp_path).get("/base-models").json()["auto_prompt_model"] == "qwen3-0.6b"

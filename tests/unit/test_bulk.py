@@ -68,7 +68,7 @@ Make = Callable[..., Job]
 
 @pytest.fixture
 def make(tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setattr(bulk, "serving_precision", lambda _device: "fp32")
+    monkeypatch.setattr(bulk, "serving_precision", lambda *_: "fp32")
     monkeypatch.setattr(bulk, "pick_device", lambda: torch.device("cpu"))
 
     def made(
@@ -284,5 +284,5 @@ def test_a_job_goes_on_in_the_precision_it_began_in(make: Make, monkeypatch: pyt
     small(monkeypatch)
     job = make(table_of(TEXTS))
     job.run(2)
-    monkeypatch.setattr(bulk, "serving_precision", lambda _device: "bf16")
+    monkeypatch.setattr(bulk, "serving_precision", lambda *_: "bf16")
     assert job.run()[-1]["summary"]["scored_in"] == "fp32"

@@ -130,6 +130,8 @@ def test_make_lists_its_targets() -> None:
         "check",
         "bench",
         "vendor",
+        "bench-gpu",
+        "soak",
         "docs",
         "lock",
     }

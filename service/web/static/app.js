@@ -82,7 +82,7 @@ function Frame({ place, session, onLeft, children }) {
     </header>
     ${stayed && html`<div class="top"><${Trouble} error=${stayed} /></div>`}
     <main id="main" ref=${main} tabindex="-1">${children}</main>
-    <footer><a href="../docs">HTTP API</a></footer>`;
+    <footer><a href="../docs">HTTP API</a>. Guides lie in <code>docs/</code> of the source.</footer>`;
 }
 
 function View({ name, id, ...given }) {

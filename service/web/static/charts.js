@@ -1,10 +1,14 @@
 // Small charts: SVG drawn at the width there is, so that letters keep their size. Series differ by mark and dash, never
 // by colour alone; a table beside each chart says the same.
-import { html, percent, useEffect, useRef, useState } from "./ui.js";
+import { html, METHODS, percent, useEffect, useRef, useState } from "./ui.js";
 
 const MOST_WIDTH = 768;
 const DASHES = ["", "7 3", "2 3", "7 3 2 3", "10 2", "4 4", "1 5"];
-const SHAPES = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z", "M-4-4h8v8h-8Z", "M0-5l5 9h-10Z", "M0-5.5l5.5 5.5-5.5 5.5-5.5-5.5Z", "M0 5l5-9h-10Z"];
+// One for each method, so that it looks the same in every chart.
+const SHAPES = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z", "M-4-4h8v8h-8Z", "M0-5l5 9h-10Z", "M0-5.5l5.5 5.5-5.5 5.5-5.5-5.5Z", "M0 5l5-9h-10Z", "M-5 0h10M0-5v10", "M-5 0l2.5-4.4h5l2.5 4.4-2.5 4.4h-5Z"];
+export const markOf = (method) => Object.keys(METHODS).indexOf(method);
+/** What a series of `Lines` has of its method; the recommended one is drawn in the accent. */
+export const ofMethod = (method, recommended) => ({ name: METHODS[method], at: markOf(method), chosen: method === recommended });
 
 /** One picture. `draw(width)` gives its content, in pixels; `label` is what is said in its place. */
 export function Chart({ label, height, draw, children }) {
@@ -47,11 +51,12 @@ const Key = ({ at, colour, level }) =>
   </svg>`;
 
 /**
- * Lines over a share's axis. `series`: `{ name, points: [[x, y]], chosen, level }`, `level` for a line that needs no x.
+ * Lines over a share's axis. `series`: `{ name, at, points: [[x, y]], chosen, level }`, `level` for a line that needs no x;
+ * `at` is its mark and dash.
  * `x`: `{ title, domain, ticks, format, log }`; `also(toX, toY)` draws on top.
  */
 export function Lines({ label, series, x, yTitle, height = 320, also }) {
-  const shown = series.map((one, at) => ({ ...one, at, colour: one.chosen ? "var(--accent)" : one.level ? "var(--soft)" : "var(--ink)" }));
+  const shown = series.map((one) => ({ ...one, colour: one.chosen ? "var(--accent)" : one.level ? "var(--soft)" : "var(--ink)" }));
   const ticks = shareTicks(series.flatMap((one) => one.points.map(([, y]) => y)));
   const draw = (width) => {
     const toX = scale(x.domain, [52, width - 22], x.log);

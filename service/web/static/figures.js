@@ -22,12 +22,14 @@ export const ladder = (metrics) =>
     return { method, on, figures, interval, subset: parts.baseline_subset };
   });
 
-/** The comparison to look at first: the recommended method's with a prompt, else with the best other one. */
+/** The comparison whose rows to look at first: one with rows, the recommended method's with a prompt before others. */
 export function mainPair(metrics, recommended) {
   const pairs = metrics.comparison.filter((pair) => [pair.candidate, pair.baseline].includes(recommended));
   const other = (pair) => (pair.candidate === recommended ? pair.baseline : pair.candidate);
   const worth = (pair) => (other(pair).endsWith("_prompt") ? 2 : 0) + (metrics.methods[other(pair)][pair.on].accuracy ?? 0);
-  return pairs.sort((a, b) => worth(b) - worth(a))[0] ?? metrics.comparison[0];
+  const changed = (pair) => pair.n_fixed + pair.n_broken > 0;
+  const best = pairs.sort((a, b) => worth(b) - worth(a));
+  return best.find(changed) ?? metrics.comparison.find(changed) ?? best[0] ?? metrics.comparison[0];
 }
 
 export const pValue = (p) => (p < 0.001 ? "< 0.001" : p.toFixed(3));

@@ -8,18 +8,19 @@ export { Fragment } from "./vendor/preact.js";
 export { useEffect, useId, useMemo, useRef, useState } from "./vendor/hooks.js";
 export const html = htm.bind(h);
 
+/** As the report names them, in the order of what they take. */
 export const METHODS = {
-  majority: "Always the most frequent label",
-  tfidf_logreg: "TF-IDF + logistic regression",
-  embedding_logreg: "Embeddings + logistic regression",
-  zero_shot_similarity: "Zero-shot similarity",
-  zero_shot_prompt: "Zero-shot prompt",
-  few_shot_prompt: "Few-shot prompt",
+  majority: "Always answering the most common label",
+  tfidf_logreg: "TF-IDF with logistic regression",
+  embedding_logreg: "Embeddings with logistic regression",
+  zero_shot_similarity: "Similarity to the label names",
+  zero_shot_prompt: "Zero-shot prompting",
+  few_shot_prompt: "Few-shot prompting",
   lora: "LoRA fine-tuning",
 };
 
 export const number = (value) => (value == null ? "–" : value.toLocaleString("en"));
-export const percent = (share, digits = 1) => (share == null ? "–" : `${(100 * share).toFixed(digits)} %`);
+export const percent = (share, digits = 1) => (share == null ? "–" : `${(100 * share).toFixed(digits)}\u00a0%`);
 export const points = (share) => `${share >= 0 ? "+" : "−"}${Math.abs(100 * share).toFixed(1)}`;
 export const bytes = (size) => {
   const units = ["B", "KB", "MB", "GB", "TB"];
@@ -113,15 +114,38 @@ export function useAction(action) {
   return [run, state.busy, state.error];
 }
 
+/** A sentence of the service: what stands in backticks as code, and no break between a number and its sign. */
+export const Said = ({ text = "" }) =>
+  text.replace(/(\d) %/g, "$1\u00a0%").replace(/(^|[\s(])-(?=\d)/g, "$1−").split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part));
+
+/** A method's name in the API; it may break after an underscore. */
+export const Slug = ({ of }) => of.split(/(?<=_)/).map((part, i) => html`${i > 0 && html`<wbr />`}${part}`);
+
+const FIELDS = {
+  text_column: "Column of the texts", label_column: "Column of the labels", split_column: "Column of the file's own split", delimiter: "Delimiter", encoding: "Encoding",
+  base_model: "Base model", prompt_model: "Prompt model", few_shot: "Examples in the prompt", sample_size: "Rows to prompt", max_length: "Longest text", webhook_url: "Webhook",
+};
+
+/** What the API says to programs, put for a reader of these pages. */
+const plain = (text) =>
+  text
+    .replace(/ (List them with|Send "force")[^.]*\.|[;,] GET [^.]* lists? them/g, "")
+    .replace(/\b([Pp])ass\b/g, (_, p) => (p === "P" ? "Choose" : "choose"))
+    .replace("choose rare_labels=drop", "leave those rows out")
+    .replace("has_header=false", "“First row: is data”")
+    .replace(/\bencoding=/, "the encoding ")
+    .replace(/\b(?:baseline\.|train\.)?(\w+_\w+)\b/g, (name, field) => (FIELDS[field] ? `“${FIELDS[field]}”` : name));
+
+const At = ({ of: { row, loc = [], message } }) => html`<li>${row != null ? `Row ${row}` : FIELDS[loc.at(-1)] || loc.join(".")}: <${Said} text=${plain(message)} /></li>`;
+const FIRST_ERRORS = 10;
+
 /** What went wrong, with the fields or rows at fault; read out at once. */
 export const Trouble = ({ error }) =>
   error &&
   html`<div class="trouble" role="alert">
-    <p><strong>${error.message}</strong></p>
-    ${error.errors?.length > 0 &&
-    html`<ul>
-      ${error.errors.slice(0, 20).map((e) => html`<li>${e.row != null ? `Row ${e.row}` : (e.loc || []).join(".")}: ${e.message}</li>`)}
-    </ul>`}
+    <p><strong><${Said} text=${plain(error.message)} /></strong></p>
+    ${error.errors?.length > 0 && html`<ul>${error.errors.slice(0, FIRST_ERRORS).map((e) => html`<${At} of=${e} />`)}</ul>`}
+    ${error.errors?.length > FIRST_ERRORS && html`<details><summary>and ${error.errors.length - FIRST_ERRORS} more</summary><ul>${error.errors.slice(FIRST_ERRORS).map((e) => html`<${At} of=${e} />`)}</ul></details>`}
   </div>`;
 
 export const Loading = ({ what = "" }) => html`<p class="soft" role="status">Loading ${what}…</p>`;
@@ -145,8 +169,20 @@ export function Field({ label, hint, children }) {
   return html`<div class="field"><label for=${id}>${label}</label>${control}${hint && html`<small id=${`${id}-hint`}>${hint}</small>`}</div>`;
 }
 
-/** A table that scrolls by itself where it is too wide; `caption` names it for screen readers. */
-export const Scroll = ({ label, children }) => html`<div class="box" role="region" aria-label=${label} tabindex="0">${children}</div>`;
+/** A table that scrolls by itself where it is too wide, and fades at the edge behind which there is more. */
+export function Scroll({ label, children }) {
+  const box = useRef(null);
+  const look = () => {
+    const seen = box.current; // null once it is taken away
+    seen?.classList.toggle("more", seen.scrollLeft + seen.clientWidth < seen.scrollWidth - 1);
+  };
+  useEffect(() => {
+    const watch = new ResizeObserver(look);
+    for (const seen of [box.current, ...box.current.children]) watch.observe(seen);
+    return () => watch.disconnect();
+  }, []);
+  return html`<div class="box" ref=${box} onScroll=${look} role="region" aria-label=${label} tabindex="0">${children}</div>`;
+}
 
 /** Text with a button that copies it. */
 export function Copyable({ text, label = "Copy" }) {

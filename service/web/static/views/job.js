@@ -1,7 +1,7 @@
 // One job: while it goes, and what came of it.
 import { call } from "../api.js";
 import { may } from "../scopes.js";
-import { Copyable, html, Loading, Status, Time, Trouble, useAction, useConfirm, useLoad } from "../ui.js";
+import { Copyable, html, Loading, Said, Status, Time, Trouble, useAction, useConfirm, useLoad } from "../ui.js";
 import { Curves } from "./job/curves.js";
 import { useJob } from "./job/follow.js";
 import { JobWarnings, Log } from "./job/log.js";
@@ -31,8 +31,8 @@ export default function Job({ id, session }) {
 }
 
 const Failure = ({ error }) => html`<div class="trouble" role="alert">
-  <p><strong>${error.message}</strong></p>
-  <p>${error.hint || "The worker's log may say more."}</p>
+  <p><strong><${Said} text=${error.message} /></strong></p>
+  <p>${error.hint ? html`<${Said} text=${error.hint} />` : "The worker's log may say more."}</p>
   <p class="soft"><code>${error.code}</code></p>
 </div>`;
 

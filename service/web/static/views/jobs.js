@@ -1,5 +1,5 @@
 // Every job, newest first.
-import { html, Field, Loading, percent, Status, Time, Trouble, useEvery, usePages, useState } from "../ui.js";
+import { html, Field, Loading, percent, Said, Status, Time, Trouble, useEvery, usePages, useState } from "../ui.js";
 
 const STATUSES = ["queued", "running", "cancelling", "succeeded", "failed", "cancelled"];
 const SECONDS_BETWEEN_LOOKS = 3;
@@ -27,6 +27,6 @@ function Card({ job }) {
   return html`<div class="line"><a href=${`#/job/${job.id}`}><strong><bdi>${job.name}</bdi></strong></a> <${Status} of=${job.status} /></div>
     <p class="soft">${job.kind}, asked for <${Time} at=${job.created_at} />${running && `, ${job.stage}, ${percent(job.progress.fraction, 0)}`}</p>
     ${running && html`<progress max="1" value=${job.progress.fraction} aria-label=${`Progress of ${job.name}`}></progress>`}
-    ${job.summary?.headline && html`<p>${job.summary.headline}</p>`}
-    ${job.error && html`<p>${job.error.message}</p>`}`;
+    ${job.summary?.headline && html`<p><${Said} text=${job.summary.headline} /></p>`}
+    ${job.error && html`<p><${Said} text=${job.error.message} /></p>`}`;
 }

@@ -20,7 +20,7 @@ export default function ModelPage({ id, session }) {
       <div><dt>Labels</dt><dd>${number(model.labels.length)}</dd></div>
       <div><dt>Published</dt><dd><${Time} at=${model.created_at} /></dd></div>
       <div><dt>Size</dt><dd>${bytes(model.size_bytes)}</dd></div>
-      <div><dt>Base revision</dt><dd><code>${model.base_revision}</code></dd></div>
+      <div><dt>Base revision</dt><dd><code title=${model.base_revision}>${model.base_revision.slice(0, 19)}${model.base_revision.length > 19 && "…"}</code></dd></div>
       <div><dt>Id</dt><dd><code>${model.id}</code></dd></div>
     </dl>
     <details open=${model.labels.length <= FEW_LABELS}><summary>Labels</summary><ul class="labels">${model.labels.map((label) => html`<li><bdi>${label}</bdi></li>`)}</ul></details>

@@ -2,23 +2,45 @@
 import { get, url } from "../api.js";
 import { ladder, mainPair } from "../figures.js";
 import { Snippets } from "../snippets.js";
-import { bytes, html, Loading, METHODS, number, percent, Trouble, useLoad, useMemo, useState } from "../ui.js";
+import { bytes, html, Loading, METHODS, number, percent, Said, Slug, Trouble, useLoad, useMemo, useState } from "../ui.js";
 import { Confidence } from "./result/confidence.js";
 import { Confusion } from "./result/confusion.js";
 import { Costs, Ladder } from "./result/ladder.js";
 import { LearningCurve } from "./result/learning-curve.js";
 import { Flips, Pairs } from "./result/pairs.js";
+import { usePreflight } from "./start/preflight.js";
+import { Warnings } from "./start/warnings.js";
 
 export default function Result({ job }) {
   const { data: metrics, error } = useLoad((signal) => get(`/jobs/${job.id}/artifacts/metrics.json`, {}, signal), [job.id]);
   const { recommendation, headline } = job.summary;
   return html`<section class="verdict" aria-labelledby="headline">
-      <h2 id="headline">${headline}</h2>
-      ${recommendation && html`<p><strong>Recommended: ${METHODS[recommendation.method]}</strong> <code>${recommendation.method}</code></p><p>${recommendation.reason}</p>`}
+      <h2 id="headline"><${Said} text=${headline} /></h2>
+      ${recommendation && html`<p><strong>Recommended: ${METHODS[recommendation.method]}</strong> <code><${Slug} of=${recommendation.method} /></code></p><p><${Said} text=${recommendation.reason} /></p>`}
+      ${metrics && html`<${Promptless} job=${job} methods=${metrics.methods} />`}
     </section>
+    <${Doubts} job=${job} />
     ${error ? html`<${Trouble} error=${error} />` : metrics ? html`<${Figures} job=${job} metrics=${metrics} recommended=${recommendation?.method} />` : html`<${Loading} what="the figures" />`}
     <${Use} job=${job} recommended=${recommendation?.method} />
     <${Files} job=${job} />`;
+}
+
+/** Where prompting was asked for and not done: that the answer to half of the question is missing. */
+function Promptless({ job, methods }) {
+  if (job.kind === "train" || methods.zero_shot_prompt || methods.few_shot_prompt || !job.spec.baseline.methods.includes("zero_shot")) return null;
+  if (job.spec.baseline.prompt_model.startsWith("remote:")) return html`<p><strong>Prompting was not tested:</strong> the endpoint <code>${job.spec.baseline.prompt_model}</code> did not answer every row; the log below says why.</p>`;
+  return html`<p><strong>Prompting was not tested:</strong> no generative model was at hand. The similarity to the label names stands in its place. To test it, run <code>tuneproof models pull qwen3-0.6b</code> where the worker runs, or choose a prompt model under Options, and compare again.</p>`;
+}
+
+/** What the file itself makes doubtful, leaks across the split with it; the dataset may be gone. */
+function Doubts({ job }) {
+  const { split, base_model, seed, train } = job.spec;
+  const { data: dataset, error } = useLoad((signal) => get(`/datasets/${job.dataset_id}`, {}, signal), [job.dataset_id]);
+  const look = usePreflight(dataset, { base_model, seed, max_length: train?.max_length, ...split });
+  if (error) return error.status !== 404 && html`<${Trouble} error=${error} />`;
+  if (!dataset) return null;
+  return html`<${Warnings} dataset=${dataset} warnings=${look.data?.warnings ?? dataset.warnings} />
+    ${look.error ? html`<p class="soft">What the split makes doubtful cannot be told: <${Said} text=${look.error.message} /></p>` : html`<p class="soft" role="status">${look.said}</p>`}`;
 }
 
 function Figures({ job, metrics, recommended }) {
@@ -29,8 +51,8 @@ function Figures({ job, metrics, recommended }) {
     <${Ladder} rungs=${rungs} metrics=${metrics} recommended=${recommended} />
     ${pair && html`<${Pairs} metrics=${metrics} onShow=${setPair} /><${Flips} job=${job} metrics=${metrics} pair=${pair} onPair=${setPair} />`}
     <${Confusion} rungs=${rungs} labels=${metrics.labels} first=${recommended} />
-    ${metrics.learning_curve?.length > 0 && html`<${LearningCurve} metrics=${metrics} />`}
-    <${Confidence} rungs=${rungs} />
+    ${metrics.learning_curve?.length > 0 && html`<${LearningCurve} metrics=${metrics} recommended=${recommended} />`}
+    <${Confidence} rungs=${rungs} recommended=${recommended} />
     <${Costs} rungs=${rungs} />
     <${Background} metrics=${metrics} />`;
 }

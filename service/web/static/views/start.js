@@ -1,39 +1,61 @@
 // From a file to a started comparison. The file stays in the page, so that it can be sent again, read another way.
-import { call, token, upload } from "../api.js";
+import { call, pause, token, upload } from "../api.js";
 import { may } from "../scopes.js";
 import { html, Trouble, useAction, useEffect, useRef, useState } from "../ui.js";
 import { Drop } from "./start/drop.js";
 import { Found } from "./start/found.js";
 import { Reading } from "./start/reading.js";
 
+const SETTLED = 0.4; // seconds without another choice, as the arrow keys make them, before the file is read again
+
 export default function Start({ session }) {
   const [file, setFile] = useState(null);
-  const [read, setRead] = useState(null); // { dataset, asked }: the last that was taken, and the form fields of it
+  const [read, setRead] = useState(null); // { dataset, asked, file }: the last that was taken, and the form fields of it
   const [tried, setTried] = useState({});
+  const [columns, setColumns] = useState(null); // null until it was read or refused
   const [fraction, setFraction] = useState(0);
-  const sending = useRef({});
+  const sending = useRef({}); // what is wanted last; `key` is the same for the same file and fields
+  const taken = useRef(null); // `read`, also once another file was chosen
 
-  const [send, busy, problem] = useAction(async (given, asked, before) => {
-    const name = JSON.stringify(asked);
-    const again = sending.current.file === given && sending.current.name === name;
-    const { key } = (sending.current = { file: given, name, key: again ? sending.current.key : token(), control: new AbortController() });
-    setFile(given);
-    setTried(asked);
+  const once = async ({ given, asked, key, control: { signal } }) => {
     setFraction(0);
     const form = new FormData();
-    for (const field of Object.entries(asked)) form.append(...field);
+    for (const field of Object.entries(asked)) if (field[1]) form.append(...field); // an empty one is recognised
     form.append("file", given);
-    try {
-      const dataset = await upload("/datasets", form, { onProgress: setFraction, signal: sending.current.control.signal, key });
-      sending.current = {};
-      setRead({ dataset, asked });
-      // What was read wrongly is of no use. Where it cannot be deleted it stays in the list, and can be deleted there.
-      if (before) await call("DELETE", `/datasets/${before.dataset.id}`).catch(console.warn);
-    } catch (error) {
-      if (error.name !== "AbortError") throw error;
-      if (!before) setFile(null);
+    const dataset = await upload("/datasets", form, { onProgress: setFraction, signal, key });
+    const before = taken.current;
+    taken.current = { dataset, asked, file: given };
+    setRead(taken.current);
+    setColumns(dataset.columns || []);
+    // The same file, read otherwise, is of no use. Where it cannot be deleted it stays in the list.
+    if (before?.dataset.sha256 === dataset.sha256) await call("DELETE", `/datasets/${before.dataset.id}`).catch(console.warn);
+  };
+  const [run, busy, problem] = useAction(async () => {
+    for (let sent = null; sent !== sending.current; ) {
+      try {
+        if (taken.current?.file === sending.current.given) await pause(SETTLED, sending.current.control.signal);
+        sent = sending.current;
+        await once(sent);
+      } catch (error) {
+        if (error.name === "AbortError") {
+          if (taken.current?.file !== sending.current.given) setFile(null);
+          return;
+        }
+        if (sent !== sending.current) continue; // nobody wants it any more
+        setColumns((known) => error.columns?.length ? error.columns : (known ?? (error.status === 422 ? [] : null)));
+        throw error;
+      }
     }
   });
+  const send = (given, asked) => {
+    const name = JSON.stringify(asked);
+    const { given: last, name: lastName, key, control } = sending.current;
+    const again = last === given && lastName === name;
+    sending.current = { given, asked, name, key: again ? key : token(), control: busy ? control : new AbortController() };
+    setFile(given);
+    setTried(asked);
+    run();
+  };
 
   if (!may(session, "read")) {
     return html`<h1>This key is for predictions</h1>
@@ -46,9 +68,11 @@ export default function Start({ session }) {
   }
   const take = (given) => {
     setRead(null); // another file: the one before stays in the list
-    send(given, {}, null);
+    setColumns(null);
+    send(given, {});
   };
   const dataset = read?.dataset;
+  const shown = busy || !read ? tried : read.asked; // what was refused is not what stands below
   const refused = !busy && problem;
   return html`
     <h1>Is prompting good enough, or should you fine-tune?</h1>
@@ -56,17 +80,15 @@ export default function Start({ session }) {
     <${Drop} file=${file} fraction=${busy ? fraction : null} onFile=${take} onStop=${() => sending.current.control.abort()} />
     ${refused && html`<${Trouble} error=${problem} />`}
     ${refused && dataset && html`<p class="soft">What stands below is as it was read before.</p>`}
-    ${refused && problem.code === "rare_labels" && html`<p><button type="button" class="primary" onClick=${() => send(file, { ...tried, rare_labels: "drop" }, read)}>Drop those rows and go on</button></p>`}
-    ${refused && (problem.status === 0 || problem.status >= 429) && html`<p><button type="button" onClick=${() => send(file, tried, read)}>Send it again</button></p>`}
-    ${dataset
-      ? html`<${Title} key=${dataset.id} dataset=${dataset} />
-          <${Reading} key=${`how ${dataset.id}`} dataset=${dataset} columns=${dataset.columns || []} asked=${read.asked} busy=${busy} onApply=${(asked) => send(file, asked, read)} />
-          <${Found} key=${`what ${dataset.id}`} dataset=${dataset} session=${session} />`
-      : refused?.status === 422 && html`<${Reading} key=${JSON.stringify(tried)} dataset=${null} columns=${problem.columns} asked=${tried} onApply=${(asked) => send(file, asked, null)} />`}
+    ${refused && problem.code === "rare_labels" && html`<p><button type="button" class="primary" onClick=${() => send(file, { ...tried, rare_labels: "drop" })}>Drop those rows and go on</button></p>`}
+    ${refused && (problem.status === 0 || problem.status >= 429) && html`<p><button type="button" onClick=${() => send(file, tried)}>Send it again</button></p>`}
+    ${dataset && html`<${Title} dataset=${dataset} />`}
+    ${file && columns && html`<${Reading} key="how" dataset=${dataset} columns=${columns} asked=${shown} onChange=${(asked) => send(file, asked)} />`}
+    ${dataset && html`<${Found} key=${dataset.id} dataset=${dataset} session=${session} busy=${busy} />`}
   `;
 }
 
-/** Takes the focus: the button that sent the file is gone, and reading goes on here. */
+/** Takes the focus when it comes: the button that sent the file is gone, and reading goes on here. */
 function Title({ dataset }) {
   const heading = useRef(null);
   useEffect(() => heading.current.focus(), []);

@@ -1,29 +1,29 @@
 // How far to trust a confidence, and what abstaining below one buys.
-import { Lines } from "../../charts.js";
+import { Lines, ofMethod } from "../../charts.js";
 import { Field, html, METHODS, number, percent, Scroll, useState } from "../../ui.js";
 
 const LEAST_ROWS_OF_A_BIN = 5;
 const TENTHS = Array.from({ length: 6 }, (_, i) => i / 5);
 
-export function Confidence({ rungs }) {
+export function Confidence({ rungs, recommended }) {
   const known = rungs.filter(({ figures }) => figures.n && "temperature" in figures);
   if (!known.length) return null;
   return html`<section class="gap" aria-labelledby="confidence">
     <h2 id="confidence">How far to trust a confidence</h2>
     <p class="soft">On the test rows, after a temperature fitted on the validation rows. <code>/predict</code> abstains below <code>min_confidence</code>.</p>
-    <div class="side"><${Coverage} known=${known} /><${Reliability} known=${known} /></div>
+    <div class="side"><${Coverage} known=${known} recommended=${recommended} /><${Reliability} known=${known} recommended=${recommended} /></div>
   </section>`;
 }
 
-function Coverage({ known }) {
-  const [method, setMethod] = useState(known.at(-1).method);
+function Coverage({ known, recommended }) {
+  const [method, setMethod] = useState((known.find((one) => one.method === recommended) ?? known.at(-1)).method);
   const [step, setStep] = useState(0);
   const curves = Object.fromEntries(known.map((one) => [one.method, one.figures.coverage.filter((point) => point.coverage > 0)]));
   // From "answer all" on to the right: surer and fewer.
   const steps = [...curves[method]].reverse();
   const at = Math.min(step, steps.length - 1), point = steps[at];
   const said = `${percent(point.coverage, 0)} of the rows are answered, ${percent(point.accuracy)} of those right`;
-  const series = known.map((one) => ({ name: METHODS[one.method], chosen: one.method === "lora", points: curves[one.method].map((p) => [p.coverage, p.accuracy]) }));
+  const series = known.map((one) => ({ ...ofMethod(one.method, recommended), points: curves[one.method].map((p) => [p.coverage, p.accuracy]) }));
   const here = (toX, toY) => html`<circle cx=${toX(point.coverage)} cy=${toY(point.accuracy)} r="9" fill="none" stroke="var(--accent)" stroke-width="3" />`;
   return html`<div>
     <h3>What abstaining buys</h3>
@@ -39,11 +39,11 @@ function Coverage({ known }) {
   </div>`;
 }
 
-function Reliability({ known }) {
+function Reliability({ known, recommended }) {
   const of = known.map(({ method, figures }) => ({ method, bins: figures.calibration.bins.filter((bin) => bin.n >= LEAST_ROWS_OF_A_BIN), error: figures.expected_calibration_error }));
   const series = [
-    { name: "As right as it says", level: true, points: [[0, 0], [1, 1]] },
-    ...of.map(({ method, bins }) => ({ name: METHODS[method], chosen: method === "lora", points: bins.map((bin) => [bin.mean_confidence, bin.accuracy]) })),
+    { name: "As right as it says", at: 0, level: true, points: [[0, 0], [1, 1]] },
+    ...of.map(({ method, bins }) => ({ ...ofMethod(method, recommended), points: bins.map((bin) => [bin.mean_confidence, bin.accuracy]) })),
   ];
   const said = of.map(({ method, bins }) => `${METHODS[method]}: ${bins.map((bin) => `${percent(bin.accuracy, 0)} right at ${percent(bin.mean_confidence, 0)}`).join(", ")}`);
   return html`<div>

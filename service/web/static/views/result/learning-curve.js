@@ -1,16 +1,16 @@
 // How many labelled rows it takes.
-import { Lines } from "../../charts.js";
+import { Lines, ofMethod } from "../../charts.js";
 import { html, METHODS, number, percent, Scroll } from "../../ui.js";
 
-export function LearningCurve({ metrics }) {
+export function LearningCurve({ metrics, recommended }) {
   const { learning_curve: curve, overtakes: found, methods } = metrics;
   const trained = Object.keys(curve.at(-1).methods);
   const prompts = Object.keys(methods).filter((name) => name.endsWith("_prompt") && methods[name].baseline_subset.accuracy != null);
   const sizes = curve.map((point) => point.n_train);
   const ends = [sizes[0], sizes.at(-1)];
   const series = [
-    ...trained.map((name) => ({ name: METHODS[name], chosen: name === "lora", points: curve.map((point) => [point.n_train, point.methods[name].accuracy]) })),
-    ...prompts.map((name) => ({ name: `${METHODS[name]} (no training)`, level: true, points: ends.map((x) => [x, methods[name].baseline_subset.accuracy]) })),
+    ...trained.map((name) => ({ ...ofMethod(name, recommended), points: curve.map((point) => [point.n_train, point.methods[name].accuracy]) })),
+    ...prompts.map((name) => ({ ...ofMethod(name, recommended), name: `${METHODS[name]} (no training)`, level: true, points: ends.map((x) => [x, methods[name].baseline_subset.accuracy]) })),
   ];
   const crossing = (toX) => {
     if (!found) return null;

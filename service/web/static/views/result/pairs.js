@@ -65,11 +65,11 @@ export function Flips({ job, metrics, pair, onPair }) {
         </select><//>
       </div>
       ${!page.data ? html`<${Loading} what="the rows" />` : rows.length ? html`<${FlipTable} rows=${rows} pair=${pair} busy=${page.loading} />` : html`<p>No such row.</p>`}
-      <div class="actions">
+      ${(starts.length > 1 || page.data?.has_more) && html`<div class="actions">
         <button type="button" disabled=${page.loading || starts.length < 2} onClick=${() => turn(starts.slice(0, -1))}>Previous</button>
         <button type="button" disabled=${page.loading || !page.data?.has_more} onClick=${() => turn([...starts, rows.at(-1).id])}>Next</button>
         <span class="soft" role="status">Page ${starts.length}</span>
-      </div>`;
+      </div>`}`;
   return html`<section class="gap" aria-labelledby="flips">
     <h2 id="flips" tabindex="-1" ref=${heading}>Rows that changed sides</h2>${body}
   </section>`;

@@ -2,27 +2,30 @@
 import { may } from "../../scopes.js";
 import { bytes, html, number, percent, Scroll, useState } from "../../ui.js";
 import { Begin } from "./begin.js";
-import { Preflight } from "./preflight.js";
+import { Preflight, usePreflight } from "./preflight.js";
 import { Rows } from "./rows.js";
 import { Warnings } from "./warnings.js";
 
 const FIRST_LABELS = 20;
 
-export function Found({ dataset, session }) {
+/** `busy` while the file is read again: what stands here is then on its way out, and nothing starts from it. */
+export function Found({ dataset, session, busy = false }) {
   const [values, setValues] = useState({ descriptions: {} });
   const { base_model, max_length, seed } = values;
+  const look = usePreflight(dataset, { base_model, max_length, seed });
   const unusable = dataset.n_rows - dataset.n_usable_rows;
   const { p50_chars: half, max_chars: longest } = dataset.text_length;
   return html`
     <section>
       <p>${number(dataset.n_rows)} rows${unusable > 0 && `, ${number(unusable)} of them not usable`}; ${number(dataset.labels.length)} labels; ${bytes(dataset.size_bytes)}. Half of the texts have at most ${number(half)} characters, the longest has ${number(longest)}.</p>
-      <${Warnings} dataset=${dataset} warnings=${dataset.warnings} />
+      <${Warnings} dataset=${dataset} warnings=${look.data?.warnings ?? dataset.warnings} />
+      <p class="soft" role="status">${look.said}</p>
       <${Rows} dataset=${dataset} />
     </section>
-    ${may(session, "write") && html`<${Begin} dataset=${dataset} values=${values} onChange=${setValues} />`}
+    ${may(session, "write") && html`<${Begin} dataset=${dataset} busy=${busy} values=${values} onChange=${setValues} />`}
     ${dataset.labels.length > 0 &&
     html`<section><h2>Labels</h2><${Labels} labels=${dataset.labels} /></section>
-      <section><h2>What a comparison would meet</h2><${Preflight} dataset=${dataset} asked=${{ base_model, max_length, seed }} /></section>`}
+      <section><h2>What a comparison would meet</h2><${Preflight} look=${look} /></section>`}
   `;
 }
 

@@ -5,6 +5,7 @@ const CURVE = [0.1, 0.25, 0.5, 1.0];
 const FIRST_LABELS = 20;
 
 const whole = (text) => (text ? Number(text) : undefined);
+const option = ({ name, at_hand: here }) => html`<option value=${name}>${name}${here ? "" : " (not at hand: fetched when needed)"}</option>`;
 const filled = (fields) => {
   const kept = Object.entries(fields).filter(([, value]) => value !== undefined && value !== "");
   return kept.length ? Object.fromEntries(kept) : undefined;
@@ -18,7 +19,7 @@ export function specOf(values) {
     base_model: values.base_model,
     seed: whole(values.seed),
     baseline: filled({
-      prompt_model: values.prompt_model?.trim(),
+      prompt_model: values.prompt_model,
       few_shot: whole(values.few_shot),
       sample_size: whole(values.sample_size),
       label_descriptions: filled(Object.fromEntries(described)),
@@ -30,7 +31,9 @@ export function specOf(values) {
   });
 }
 
-export function Options({ dataset, bases, values, onChange }) {
+/** `known` is what /base-models says, null until it has. */
+export function Options({ dataset, known, values, onChange }) {
+  const bases = known?.data ?? [];
   const set = (name) => (event) => onChange({ ...values, [name]: event.target.value });
   const text = (name, label, hint, given = {}) => html`<${Field} label=${label} hint=${hint}><input name=${name} value=${values[name] || ""} onInput=${set(name)} ...${given} /><//>`;
   const count = (name, label, hint, min, max, step = 1) => text(name, label, hint, { type: "number", inputmode: "numeric", min, max, step });
@@ -38,9 +41,10 @@ export function Options({ dataset, bases, values, onChange }) {
   return html`<div class="grid">
       ${text("name", "Name", "The job's, and its models' versions are counted under it; left empty, the dataset's.", { maxlength: 200, placeholder: dataset.name })}
       <${Field} label="Base model" hint="What is fine-tuned; auto takes the best one at hand."><select name="base_model" value=${values.base_model || ""} onChange=${set("base_model")}>
-        <option value="">auto</option>${bases.map((base) => html`<option value=${base.name}>${base.name}</option>`)}</select><//>
-      ${text("prompt_model", "Prompt model", "What is prompted: a generative model, or remote:NAME for an endpoint the operator set up; left empty, one that is at hand.", { list: "prompt-models", maxlength: 200, spellcheck: false })}
-      <datalist id="prompt-models">${bases.filter((base) => base.generative).map((base) => html`<option value=${base.name}></option>`)}</datalist>
+        <option value="">auto</option>${bases.map(option)}</select><//>
+      <${Field} label="Prompt model" hint="What is prompted: a generative model, or a remote endpoint that the operator set up."><select name="prompt_model" value=${values.prompt_model || ""} onChange=${set("prompt_model")}>
+        <option value="">auto: ${known?.auto_prompt_model ?? "the base model if it is generative"}</option>${bases.filter((base) => base.generative).map(option)}
+        ${known?.prompt_endpoints.map((name) => html`<option value=${name}>${name}</option>`)}</select><//>
       ${count("few_shot", "Examples in the prompt", "Above 0, a prompt with that many examples of your rows is compared too. Default 0.", 0, 64)}
       ${count("sample_size", "Rows to prompt", "Prompts are slow, so they are asked about this many of the test rows. Default 300.", 10, 10000)}
       ${count("epochs", "Epochs", "Passes over the training rows; left empty, as many as suit their number. It stops early when nothing improves.", 1, 100)}

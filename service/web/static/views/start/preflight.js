@@ -1,38 +1,45 @@
 // What a job would meet, told before it starts: it may take a while, and nothing waits for it.
 import { get, pause } from "../../api.js";
 import { duration, html, METHODS, number, percent, Trouble, useEffect, useLoad, useState } from "../../ui.js";
-import { Warnings } from "./warnings.js";
 
 const SECONDS_BETWEEN_TRIES = 3;
 const SETTLED = 1000; // milliseconds without another key before what was typed is asked about
 
-/** They go one at a time on the service: while another is under way, it is asked again. */
-async function look(path, query, signal) {
-  for (;;) {
-    try {
-      return await get(path, query, signal);
-    } catch (error) {
-      if (error.status !== 429) throw error;
-      await pause(error.retryAfter || SECONDS_BETWEEN_TRIES, signal);
-    }
-  }
-}
-
-/** `asked`: the job's `base_model`, `max_length` and `seed`, as far as they are set. */
-export function Preflight({ dataset, asked }) {
+/**
+ * `{ data, error, said }`, `said` while there is no answer yet. `asked`: the job's values that the split and its tokens
+ * depend on, as far as they are set. Looks go one at a time on the service: while another is under way, it is asked again.
+ */
+export function usePreflight(dataset, asked) {
   const [query, setQuery] = useState(asked);
+  const [waits, setWaits] = useState(false);
   useEffect(() => {
     const timer = setTimeout(() => setQuery(asked), SETTLED);
     return () => clearTimeout(timer);
   }, Object.values(asked));
-  const { data, error, loading } = useLoad((signal) => look(`/datasets/${dataset.id}/preflight`, query, signal), [dataset.id, JSON.stringify(query)]);
-  const told = new Set(dataset.warnings.map((warning) => warning.code));
+  const look = async (signal) => {
+    setWaits(false);
+    if (!dataset?.labels.length) return null;
+    for (;;) {
+      try {
+        return await get(`/datasets/${dataset.id}/preflight`, query, signal);
+      } catch (error) {
+        if (error.status !== 429) throw error;
+        setWaits(true);
+        await pause(error.retryAfter || SECONDS_BETWEEN_TRIES, signal);
+      }
+    }
+  };
+  const { data, error, loading } = useLoad(look, [dataset?.id, JSON.stringify(query)]);
+  const said = waits ? "Another file is being looked at; this one is next, and is asked for by itself." : "Looking for texts that are almost the same across the split, and for texts that are too long…";
+  return { data, error, said: loading && dataset?.labels.length > 0 && said };
+}
+
+export function Preflight({ look: { data, error, said } }) {
   return html`
-    <p class="soft" role="status">${loading && "Looking for texts that are almost the same and for texts that are too long, and at how long it will take…"}</p>
+    ${said && html`<p class="soft">Not known yet.</p>`}
     <${Trouble} error=${error} />
     ${data && !error && html`
       <p>${number(data.split.n_train)} rows to train on, ${number(data.split.n_validation)} to choose on, ${number(data.split.n_test)} to judge on.</p>
-      <${Warnings} dataset=${dataset} warnings=${data.warnings.filter((warning) => !told.has(warning.code))} />
       <${Truncated} found=${data.truncation} />
       ${data.near_duplicates.count === 0 && html`<p>No text is almost the same as one of another part.</p>`}
       <${Eta} eta=${data.eta} />`}

@@ -1,5 +1,5 @@
-// How the file was read, recognised or as said; to be changed, and read again.
-import { Field, html, useState } from "../../ui.js";
+// How the file was read, recognised or as said; whatever is changed, it is read again at once.
+import { Field, html } from "../../ui.js";
 
 const DELIMITERS = { ",": "Comma", ";": "Semicolon", "\t": "Tab", "|": "Vertical bar" };
 const ENCODINGS = ["utf-8", "utf-16", "cp1252", "iso-8859-1", "iso-8859-15", "cp1250", "cp1251", "gb18030", "shift_jis", "euc-kr", "big5"];
@@ -15,34 +15,33 @@ const valuesOf = (from) => ({
 });
 
 /**
- * The form fields for another upload: those said before, and those changed now. Columns said before go with a change
+ * The form fields for another upload: those said before, and the one changed now. Columns said before go with a change
  * of what the columns are; two roles that would fall on one column change places.
  */
-export function changed(asked, before, now) {
-  const edits = Object.fromEntries(Object.entries(now).filter(([name, value]) => value !== before[name]));
+function changed(asked, before, name, value) {
   const fields = { ...asked };
-  if (["has_header", "delimiter", "encoding"].some((name) => name in edits)) for (const name of COLUMNS) delete fields[name];
-  Object.assign(fields, edits);
+  if (!COLUMNS.includes(name)) for (const column of COLUMNS) delete fields[column];
+  fields[name] = value;
   const [text, label] = COLUMNS;
-  const is = (name) => fields[name] || before[name];
-  if (is(text) && is(text) === is(label)) fields[text in edits ? label : text] = before[text in edits ? text : label];
-  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== "")); // an empty one is recognised
+  const is = (column) => fields[column] || before[column];
+  if (is(text) && is(text) === is(label)) fields[name === text ? label : text] = before[name === text ? text : label];
+  return fields;
 }
 
-/** `dataset` is null where the file was refused; `columns` are its columns, as far as they are known. */
-export function Reading({ dataset, columns, asked, busy = false, onApply }) {
-  const before = valuesOf(dataset || asked);
-  const [now, setNow] = useState(before);
-  const fields = changed(asked, before, now);
-  const same = JSON.stringify(fields) === JSON.stringify(asked);
-  const set = (name) => (event) => setNow({ ...now, [name]: event.target.value });
-  const hint = (name) => (now[name] !== before[name] ? null : dataset?.inferred.includes(name) ? "Recognised" : asked[name] ? "As you said" : null);
+/**
+ * `dataset` is null where the file was refused; `columns` are its columns, as far as they are known. `asked` are the
+ * form fields of the reading that is shown or under way.
+ */
+export function Reading({ dataset, columns, asked, onChange }) {
+  const now = { ...valuesOf(dataset || {}), ...asked };
+  const set = (name) => (event) => onChange(changed(asked, now, name, event.target.value));
+  const hint = (name) => (asked[name] ? "As you said" : dataset?.inferred.includes(name) ? "Recognised" : null);
   const choice = (name, label, options, explained) => html`<${Field} label=${label} hint=${[hint(name), explained].filter(Boolean).join(". ") || null}>
     <select name=${name} value=${now[name]} onChange=${set(name)}>${options.map(([value, text]) => html`<option value=${value}>${text}</option>`)}</select><//>`;
   const named = columns.map((name) => [name, name]);
   const recognise = (options) => (dataset ? options : [["", "Recognise it"], ...options]);
   const known = (options, value) => (!value || options.some(([option]) => option === value) ? options : [...options, [value, value]]);
-  return html`<form class="reading" aria-label="How the file is read" onSubmit=${(event) => { event.preventDefault(); onApply(fields); }}>
+  return html`<div class="reading" role="group" aria-label="How the file is read">
     ${columns.length > 0 &&
     html`<div class="grid">
       ${choice("text_column", "Column of the texts", known(recognise(named), now.text_column))}
@@ -52,11 +51,10 @@ export function Reading({ dataset, columns, asked, busy = false, onApply }) {
       <summary>More about how it is read</summary>
       <div class="grid">
         ${choice("has_header", "First row", recognise([["true", "Names the columns"], ["false", "Is data"]]))}
-        ${choice("delimiter", "Cells are cut by", known(recognise(Object.entries(DELIMITERS)), now.delimiter))}
+        ${choice("delimiter", "Delimiter", known(recognise(Object.entries(DELIMITERS)), now.delimiter))}
         ${choice("encoding", "Encoding", known(recognise(ENCODINGS.map((name) => [name, name])), now.encoding), "Files from older Excel are often cp1252")}
         ${columns.length > 0 && choice("split_column", "Column of the file's own split", [["", "None: split the rows anew"], ...named], "Says train, validation or test in each row")}
       </div>
     </details>
-    ${!same && html`<div class="actions"><button type="submit" class="primary" disabled=${busy}>Read it again like this</button></div>`}
-  </form>`;
+  </div>`;
 }

@@ -1,6 +1,6 @@
 // Warnings, each of which opens to the rows it means.
 import { get } from "../../api.js";
-import { html, Loading, number, Tag, Trouble, useLoad, useState } from "../../ui.js";
+import { html, Loading, number, Said, Tag, Trouble, useLoad, useState } from "../../ui.js";
 import { RowTable } from "./rows.js";
 
 const NEAR = 100; // rows between two that are still fetched in one go
@@ -28,7 +28,7 @@ export const Warnings = ({ dataset, warnings }) =>
 function Warning({ dataset, warning }) {
   const [open, setOpen] = useState(false);
   return html`<details class="notice slim" onToggle=${(event) => setOpen(event.target.open)}>
-    <summary><${Tag} kind="warn">${number(warning.count)} ${warning.count === 1 ? "row" : "rows"}<//> ${warning.message}</summary>
+    <summary><${Said} text=${warning.message} /> ${warning.count > 0 && html`<${Tag} kind="warn">${number(warning.count)} ${warning.count === 1 ? "row" : "rows"}<//>`}</summary>
     ${open && html`<${WarnedRows} dataset=${dataset} warning=${warning} />`}
   </details>`;
 }
