@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -405,9 +406,18 @@ def test_a_base_of_another_revision_or_with_broken_weights_is_not_served_and_say
     assert_right(serving, "four", serving.ask(serving.ids["four"]))
 
 
+def stands_still(pid: int) -> bool:
+    return all(thread.status() == psutil.STATUS_STOPPED for thread in threads_of(pid))
+
+
+def threads_of(pid: int) -> list[psutil.Process]:
+    return [psutil.Process(thread.id) for thread in psutil.Process(pid).threads()]
+
+
 def test_an_engine_that_is_killed_fails_open_calls_with_503_and_comes_back(serving: Serving) -> None:
     pid = until(lambda: serving.engine_pid, 10, "the engine runs")
     os.kill(pid, signal.SIGSTOP)  # so that a call is open, surely, when it dies
+    until(lambda: stands_still(pid), 10, "every thread of the engine's process stands still")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(serving.ask, serving.ids["four"]) for _ in range(4)]
         until(lambda: len(serving.app.state.context.engine._open) == 4, 20, "four calls are open")
@@ -463,6 +473,7 @@ def test_a_call_that_takes_too_long_is_504_and_too_much_waiting_is_429(scarce: S
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     try:
+        until(lambda: stands_still(pid), 10, "every thread of the engine's process stands still")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             slow = pool.submit(scarce.ask, scarce.ids["four"], texts=["x" * size])
             until(lambda: scarce.app.state.context.engine._open or slow.done(), 10, "a call is open")
