@@ -88,7 +88,7 @@ def test_from_a_key_and_a_file_to_a_verdict_a_model_in_place_and_its_answers(url
     expect(page.get_by_role("img", name=re.compile("^Loss"))).to_be_visible(timeout=JOB_MS)
     inspect("job")
     expect(page.get_by_text("succeeded").first).to_be_visible(timeout=JOB_MS)
-    verdict = page.get_by_text(re.compile(r"right on [\d.]+ % of 307 test rows")).first
+    verdict = page.get_by_text(re.compile(r"right on [\d.]+\s% of 307 test rows")).first
     expect(verdict).to_be_visible()
     said = verdict.inner_text()
     inspect("result")

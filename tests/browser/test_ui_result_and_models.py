@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
 from sklearn.metrics import confusion_matrix
 from statsmodels.stats.proportion import proportion_confint
 
@@ -531,11 +531,17 @@ def test_a_refusal_is_said_once_and_other_labels_are_said_before_and_after(
     expect(page.get_by_text("swapped points to this model now.")).to_be_visible()
     expect(differ).to_have_count(1)
 
-    page.route("**/gate?*", lambda route: (page.wait_for_timeout(300), route.continue_()))
+    held = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/gate?*", hold)
     page.goto(f"{site.url}/ui/#/model/{bad}")
     page.get_by_label("Alias", exact=True).fill("refused")
     with page.expect_response("**/aliases/refused"):
         page.get_by_role("button", name="Promote").click()  # before it is known
+    held[0].continue_()
     expect(page.get_by_role("button", name="Promote all the same")).to_be_visible()
     expect(page.get_by_text("is shown to be worse")).to_have_count(1)
 
