@@ -167,7 +167,9 @@ class EngineHandle:
             sys.executable, "-P", "-m", "service.inference.process", json.dumps(given),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_READ_AT_ONCE_BYTES,
             start_new_session=True,
-            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},  # training on the same cores must not find them spinning
+            # Threads that wait spin for some 30 us: to be woken costs a small batch half its speed, and longer ones
+            # would take the cores from training on the same machine.
+            env={"GOMP_SPINCOUNT": "10000"} | os.environ,
         )  # fmt: skip
         self._process = process
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018

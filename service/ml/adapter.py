@@ -48,12 +48,12 @@ class Layout:
         return places
 
     def pair(self, name: str, flat: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Of N adapters' numbers `(N, F)` a layer's A `(N, r, in)` and B `(N, out, r)`, as views; None if unwrapped."""
+        """Of N adapters' numbers `(N, F)` a layer's A^T `(N, in, r)` and B^T `(N, r, out)`; None if unwrapped."""
         if name not in self.places:
             return None
         start, rank, n_in, n_out = self.places[name]
         middle, stop = start + rank * n_in, start + rank * (n_in + n_out)
-        return flat[:, start:middle].view(-1, rank, n_in), flat[:, middle:stop].view(-1, n_out, rank)
+        return flat[:, start:middle].view(-1, n_in, rank), flat[:, middle:stop].view(-1, rank, n_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,8 @@ class Adapter:
     def __post_init__(self, lora: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
         if lora:
             names = sorted(lora)
-            parts = [half.reshape(-1) for name in names for half in lora[name]]
+            # As they are multiplied: batched products copy what stands the other way round.
+            parts = [half.T.reshape(-1) for name in names for half in lora[name]]
             layout = Layout(tuple((n, len(lora[n][0]), lora[n][0].shape[1], len(lora[n][1])) for n in names))
             object.__setattr__(self, "flat", torch.cat(parts))
             object.__setattr__(self, "layout", layout)

@@ -44,10 +44,10 @@ class Share:
             return
         down, up = pair
         if self.blocks is None and self.tokens is None:
-            y.addmm_(x.flatten(0, -2) @ down[0].T, up[0].T)
+            y.addmm_(x.flatten(0, -2) @ down[0], up[0])
             return
         # (N, b, in) x (N, in, r) x (N, r, out)
-        delta = torch.bmm(torch.bmm(self._in_blocks(x), down.mT), up.mT).flatten(0, 1)
+        delta = torch.bmm(torch.bmm(self._in_blocks(x), down), up).flatten(0, 1)
         if self.places is not None:
             delta = delta[self.places]
         if self.tokens is None:

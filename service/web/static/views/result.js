@@ -17,19 +17,11 @@ export default function Result({ job }) {
   return html`<section class="verdict" aria-labelledby="headline">
       <h2 id="headline"><${Said} text=${headline} /></h2>
       ${recommendation && html`<p><strong>Recommended: ${METHODS[recommendation.method]}</strong> <code><${Slug} of=${recommendation.method} /></code></p><p><${Said} text=${recommendation.reason} /></p>`}
-      ${metrics && html`<${Promptless} job=${job} methods=${metrics.methods} />`}
     </section>
     <${Doubts} job=${job} />
     ${error ? html`<${Trouble} error=${error} />` : metrics ? html`<${Figures} job=${job} metrics=${metrics} recommended=${recommendation?.method} />` : html`<${Loading} what="the figures" />`}
     <${Use} job=${job} recommended=${recommendation?.method} />
     <${Files} job=${job} />`;
-}
-
-/** Where prompting was asked for and not done: that the answer to half of the question is missing. */
-function Promptless({ job, methods }) {
-  if (job.kind === "train" || methods.zero_shot_prompt || methods.few_shot_prompt || !job.spec.baseline.methods.includes("zero_shot")) return null;
-  if (job.spec.baseline.prompt_model.startsWith("remote:")) return html`<p><strong>Prompting was not tested:</strong> the endpoint <code>${job.spec.baseline.prompt_model}</code> did not answer every row; the log below says why.</p>`;
-  return html`<p><strong>Prompting was not tested:</strong> no generative model was at hand. The similarity to the label names stands in its place. To test it, run <code>tuneproof models pull qwen3-0.6b</code> where the worker runs, or choose a prompt model under Options, and compare again.</p>`;
 }
 
 /** What the file itself makes doubtful, leaks across the split with it; the dataset may be gone. */
