@@ -39,7 +39,7 @@ def save_adapter(folder: Path, source: Located, tokenizer: Any, n_labels: int, s
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=0.05)
     model.save_pretrained(folder)
     return _signed(folder, source, tokenizer, n_labels, "lora")
 

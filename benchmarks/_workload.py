@@ -37,7 +37,7 @@ def random_adapter(engine: Engine, n_labels: int, seed: int) -> Adapter:
     some = next(engine.backbone.model.parameters())
     projections = tuple(engine.backbone.attention_projections())
     lora = {
-        name: tuple(0.02 * torch.randn(shape).to(some) for shape in ((RANK, x.in_features), (x.out_features, RANK)))
+        name: tuple(0.05 * torch.randn(shape).to(some) for shape in ((RANK, x.in_features), (x.out_features, RANK)))
         for name, x in engine.backbone.model.named_modules()
         if isinstance(x, torch.nn.Linear) and name.endswith(projections)
     }

@@ -327,8 +327,9 @@ def drop_texts(session: Session, dataset_id: str, now: datetime, grace: timedelt
         _discard(session, artifact.storage_key, now + grace)
         session.delete(artifact)
     # A checkpoint holds weights, or texts that are labelled already; without the others the job cannot go on from it.
-    for job in session.scalars(select(Job).where(Job.dataset_id == dataset_id, Job.checkpoint_prefix.is_not(None))):
-        _discard(session, job.checkpoint_prefix, now + grace)
+    # All of a job's are discarded: one whose attempt was lost before it was kept has no other trace.
+    for job in session.scalars(select(Job).where(Job.dataset_id == dataset_id)):
+        _discard(session, f"jobs/{job.id}/checkpoints", now + grace)
         job.checkpoint_prefix = None
 
 

@@ -45,6 +45,7 @@ class Bases:
     _refused: dict[BaseKey, tuple[BaseNotServed, float]] = field(default_factory=dict)
     _loading: dict[BaseKey, Future[Engine]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.device = pick_device(self.limits.device)
@@ -93,7 +94,16 @@ class Bases:
             }
 
     def _load(self, key: BaseKey) -> None:
-        found: Engine | BaseNotServed
+        with self._one_at_a_time:  # room is made for one, and transformers' loading changes what is global
+            found = self._found(key)
+        with self._lock:
+            loading = self._loading.pop(key)
+        if isinstance(found, BaseNotServed):
+            loading.set_exception(found)
+        else:
+            loading.set_result(found)
+
+    def _found(self, key: BaseKey) -> Engine | BaseNotServed:
         try:
             source = self._locate(key)
             size = source.size_bytes * (2 if self.dtype == torch.float32 else 1)
@@ -103,20 +113,14 @@ class Bases:
             self._make_room(key, actual, exact=True)
             with self._lock:
                 self._engines[key] = (engine, actual)
-            found = engine
         except AppError as error:
-            found = self._refuse(key, error.detail)
+            return self._refuse(key, error.detail)
         except torch.OutOfMemoryError:
-            found = self._refuse(key, f"Base model {key[0]!r} does not fit into the device's memory.")
+            return self._refuse(key, f"Base model {key[0]!r} does not fit into the device's memory.")
         except Exception as error:  # damaged files, whatever the libraries say of them
             log.exception("base model %s cannot be loaded", key[0])
-            found = self._refuse(key, f"Base model {key[0]!r} cannot be loaded ({type(error).__name__}).")
-        with self._lock:
-            loading = self._loading.pop(key)
-        if isinstance(found, BaseNotServed):
-            loading.set_exception(found)
-        else:
-            loading.set_result(found)
+            return self._refuse(key, f"Base model {key[0]!r} cannot be loaded ({type(error).__name__}).")
+        return engine
 
     def _locate(self, key: BaseKey) -> Located:
         name, revision = key

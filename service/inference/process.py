@@ -90,7 +90,18 @@ class EngineProcess:
         self._told_at = float("-inf")
 
     def read(self, requests: IO[bytes]) -> None:
-        """Takes calls in."""
+        """Takes calls in; whatever ends that ends the process."""
+        try:
+            self._read(requests)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._rows_wait.notify()
+
+    def _read(self, requests: IO[bytes]) -> None:
         while (message := wire.read(requests)) is not None:
             kind = message.pop("type")
             if kind == "drop":
@@ -102,21 +113,21 @@ class EngineProcess:
                 self._bases.load((model.base_model, model.base_revision)).add_done_callback(partial(self._warm, model))
             else:
                 self._admit(Call(model=model, **message))
-        with self._lock:
-            self._closed = True
-            self._rows_wait.notify()
 
     def tokenize(self) -> None:
-        """Makes token ids of texts, the calls in turns."""
-        while True:
-            with self._lock:
-                self._texts_wait.wait_for(lambda: self._texts)
-                taken = self._texts.take(_CHARS_AT_ONCE)
-            for call, rows in _by_call(taken).items():
-                try:
-                    self._tokenize(call, rows)
-                except Exception as error:  # noqa: BLE001 -- one call's trouble must not be another's
-                    self._fail(call, error)
+        """Makes token ids of texts, the calls in turns; whatever ends that ends the process."""
+        try:
+            while True:
+                with self._lock:
+                    self._texts_wait.wait_for(lambda: self._texts)
+                    taken = self._texts.take(_CHARS_AT_ONCE)
+                for call, rows in _by_call(taken).items():
+                    try:
+                        self._tokenize(call, rows)
+                    except Exception as error:  # noqa: BLE001 -- one call's trouble must not be another's
+                        self._fail(call, error)
+        finally:
+            self._close()
 
     def score(self) -> None:
         """Scores token ids, the calls in turns."""
@@ -197,8 +208,10 @@ class EngineProcess:
         done = []
         for (call, row), values in zip(rows, logits, strict=True):
             call.logits[row] = values
-            if len(call.logits) == len(call.texts) and self._forget(call.number):
-                done.append(_answer(call))
+            if len(call.logits) == len(call.texts):
+                answer = _answer(call)
+                if self._forget(call.number):
+                    done.append(answer)
         self._send(done)
 
     def _measure(self, tokens: int, seconds: float) -> None:

@@ -80,7 +80,8 @@ def read(stream: IO[bytes]) -> dict[str, Any] | None:
     if len(head) < _LENGTHS.size:
         return None
     body, raw = _LENGTHS.unpack(head)
-    return _message(stream.read(body + raw), body)
+    message = stream.read(body + raw)
+    return _message(message, body) if len(message) == body + raw else None
 
 
 async def read_async(stream: asyncio.StreamReader) -> dict[str, Any] | None:

@@ -110,9 +110,9 @@ class Engine:
             pooler.register_forward_pre_hook(self._first_tokens)
         config: Any = backbone.model.config
         self._stock_attention: str = config._attn_implementation
-        self._kernel: Kernel | None = None
+        self._kernel = packed.kernel_for(backbone.device, next(backbone.model.parameters()).dtype)
         self._first_position = 0
-        self._kernel, self._first_position = self._packing()
+        self._longest_packed = self._packing() if self._kernel is not None else 0.0
 
     def attach(self, adapter: Adapter) -> None:
         """Makes the base ready for an adapter; cheap, and only once per layer name.
@@ -183,20 +183,22 @@ class Engine:
         """Positions of the rows, batch by batch, shortest first."""
         lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
         budget, done = TOKEN_BUDGET.get(self.backbone.device.type, 4096), 0
-        for batch in token_batches(lengths, budget, MAX_ROWS, padded=self._kernel is None):
-            yield batch
-            done += len(batch)
-            if on_batch is not None:
-                on_batch(done, len(ids))
+        for padded in (False, True):  # apart, so that one row that must be padded does not pad the others
+            rows = np.flatnonzero((lengths > self._longest_packed) == padded)
+            for batch in token_batches(lengths[rows], budget, MAX_ROWS, padded=padded):
+                yield rows[batch]
+                done += len(batch)
+                if on_batch is not None:
+                    on_batch(done, len(ids))
 
     @torch.inference_mode()
     def _forward(self, ids: Sequence[list[int]], adapters: Sequence[Adapter]) -> tuple[_States, Mixture]:
         """States of B rows, shortest first, each under its own adapter, or all on the bare base."""
-        if self._kernel is not None:
+        if len(ids[-1]) <= self._longest_packed:
             try:
                 return self._run(ids, adapters, self._kernel)
             except NotPacked:
-                log.debug("a batch is padded: the base's attention is not to be had without")
+                log.debug("a batch is padded: an adapter's layers are not to be had without")
         return self._run(ids, adapters, None)
 
     def _run(
@@ -240,27 +242,30 @@ class Engine:
         pad_id = self.backbone.pad_id
         return next((i for i in range(len(row) - 1, -1, -1) if row[i] != pad_id), 0)
 
-    def _packing(self) -> tuple[Kernel | None, int]:
-        """How the base's rows can be laid end to end, and at which position they start; None where they must be padded.
+    def _packing(self) -> float:
+        """The longest row that can be laid end to end with others: none, any, or as long as the base's window.
 
         Judged by the states of a few texts against those of the stock model, padded.
         """
         dtype = next(self.backbone.model.parameters()).dtype
-        kernel = packed.kernel_for(self.backbone.device, dtype)
         ids = sorted(encode(self.backbone.tokenizer, _PROBES, 512).ids, key=len)
+        longest, least = 0.0, _TOLERANCE[dtype]
         with torch.inference_mode():
             expected, _ = self._run(ids, [], None)
             # RoBERTa and its kin count positions from the one behind the padding's.
-            for first in (0, self.backbone.pad_id + 1) if kernel is not None else ():
-                self._first_position = first
+            for first in (0, self.backbone.pad_id + 1):
+                before, self._first_position = self._first_position, first
                 try:
-                    got, _ = self._run(ids, [], kernel)
-                except Exception as error:  # noqa: BLE001 -- whatever the model says to it, it can be padded
-                    log.info("the base's rows are padded: %s", type(error).__name__)
+                    got, _ = self._run(ids, [], self._kernel)
+                    error = max(_error(got.of(kind), expected.of(kind)) for kind in ("head", "pooled"))
+                except Exception as refusal:  # noqa: BLE001 -- whatever the model says to it, it can be padded
+                    log.info("the base's rows are padded: %s", type(refusal).__name__)
                     break
-                if all(_error(got.of(kind), expected.of(kind)) <= _TOLERANCE[dtype] for kind in ("head", "pooled")):
-                    return kernel, first
-        return None, 0
+                if error <= least:
+                    longest, least = got.rows.window, error
+                else:
+                    self._first_position = before
+        return longest
 
     def _keep_hidden(self, _module: nn.Module, _inputs: object, output: Any) -> Any:
         self._flight.hidden = output.last_hidden_state

@@ -4,6 +4,7 @@ transformers lets attention be registered by name and hands extra arguments of a
 the `Rows` in flight. Rows stand shortest first, so those of one length are one slice and attend without a mask.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -24,7 +25,7 @@ class NotPacked(Exception):
     """The model's attention is of a kind, or a row of a length, that this one does not compute."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Rows:
     """B rows of a batch by where their tokens stand among its positions.
 
@@ -33,12 +34,14 @@ class Rows:
         starts: `(B,)` position of each row's first token.
         device: Of the batch.
         kernel: How they attend; None where they are padded.
+        window: The narrowest that attention was asked for on the way, in tokens; longer rows do not fit through it.
     """
 
     lengths: NDArray[np.int64]
     starts: NDArray[np.int64]
     device: torch.device
     kernel: Kernel | None
+    window: float = math.inf
 
     @property
     def longest(self) -> int:
@@ -78,8 +81,10 @@ def _attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """What transformers calls in place of its own attention: `(1, H, T, d)` each, to `(1, T, H, d)`."""
     rows = packed_rows
-    windowed = sliding_window is not None and rows is not None and rows.longest > sliding_window
-    if rows is None or windowed or softcap is not None or s_aux is not None or position_bias is not None:
+    if rows is None or softcap is not None or s_aux is not None or position_bias is not None:
+        raise NotPacked
+    rows.window = min(rows.window, math.inf if sliding_window is None else sliding_window)
+    if rows.longest > rows.window:
         raise NotPacked
     causal = bool(getattr(module, "is_causal", True))
     attend = _varlen if rows.kernel == "varlen" else _by_length

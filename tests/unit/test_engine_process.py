@@ -225,6 +225,17 @@ def test_over_the_queues_limit_a_call_is_refused_and_told_when_to_come_back(monk
     world.close()
 
 
+def test_a_frame_that_breaks_off_is_the_end_of_the_stream() -> None:
+    whole = wire.pack({"a": "ü"}, b"\x00\xff")
+    assert [wire.read(io.BytesIO(whole[:length])) for length in range(len(whole))] == [None] * len(whole)
+
+
+def test_a_message_that_cannot_be_read_ends_the_process_so_that_another_is_started(world: World) -> None:
+    with pytest.raises(KeyError):
+        world.process.read(io.BytesIO(wire.pack({"type": "predict"})))
+    assert world.process._closed
+
+
 def test_frames_come_out_as_they_went_in() -> None:
     stream = io.BytesIO(wire.pack({"a": "ü"}, b"\x00\xff") + wire.pack({"b": 1}))
     assert [wire.read(stream), wire.read(stream), wire.read(stream)] == [{"a": "ü", "raw": b"\x00\xff"}, {"b": 1}, None]

@@ -77,12 +77,18 @@ def test_a_decoder_with_windows_shorter_than_its_texts_is_padded_and_answers_as_
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "windowed", dtype=torch.float32)
     ids = ids_of(engine)
     assert max(map(len, ids)) > window  # it is felt
-    assert (engine._kernel is not None) == packs_short_texts
+    assert engine._longest_packed == (window if packs_short_texts else 0)
+    seen = []
+    engine.backbone.model.model.layers[0].mlp.register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].shape[:2])
+    )
     got = engine.states(ids)["head"]
     for row, states in zip(ids, got, strict=True):
         with torch.inference_mode():
             hidden = stock.model(torch.tensor([row])).last_hidden_state[0].numpy()
         np.testing.assert_allclose(states, hidden[engine._last(row)], atol=1e-4)
+    if packs_short_texts:  # one row that must be padded pads no other
+        assert seen == [(1, sum(len(row) for row in ids if len(row) <= window)), (1, max(map(len, ids)))]
 
 
 @settings(deadline=None, max_examples=60)
