@@ -60,16 +60,21 @@ def stock_peft(source: Located, folders: Sequence[Path], n_labels: int) -> Any:
     return model.eval()
 
 
-def publish(settings: Settings, folders: Sequence[Path], n_models: int) -> list[str]:
-    """`n_models` published models over the folders in turn, whose files are linked where they repeat; gives the ids."""
+def publish(settings: Settings, folders: Sequence[Path], n_models: int, *, linked: bool = True) -> list[str]:
+    """`n_models` published models over the folders in turn; gives the ids.
+
+    Where files repeat they are links; not `linked`, each has its own, of which no page is in memory.
+    """
     db, storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
     manifests, rows = [Manifest.read(folder) for folder in folders], []
     for number in range(n_models):
         at, model_id = number % len(folders), new_id("mdl")
         files = sorted(path.name for path in folders[at].iterdir())
         prefix, root = f"models/{model_id}", settings.data_dir.absolute() / "storage"
-        if number < len(folders):
+        if number < len(folders) or not linked:
             storage.put_folder(folders[at], prefix)
+            if not linked:
+                _out_of_memory(root / prefix)
         else:
             (root / prefix).mkdir()
             for name in files:
@@ -84,6 +89,13 @@ def publish(settings: Settings, folders: Sequence[Path], n_models: int) -> list[
         session.add_all(rows)
     db.close()
     return ids
+
+
+def _out_of_memory(folder: Path) -> None:
+    """Has the next reader of its files fetch them from the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def make_key(settings: Settings, scope: str) -> str:

@@ -16,7 +16,7 @@ from _measures import Measure, in_rounds, ratio, seconds
 from _servers import Running, plain, service
 from service.core.settings import Settings
 
-SINGLE, BATCH, COLD, N_ENGINE_CALLS = 32, 4, 60, 4
+SINGLE, BATCH, COLD = 32, 4, 60
 Calls = list[tuple[str, str, str, int]]
 
 
@@ -39,10 +39,10 @@ def http_measures(alone: Alone, folder: Path, given: argparse.Namespace) -> list
     settings = Settings(data_dir=folder / "data", adapter_cache_bytes=room)
     keys = {scope: make_key(settings, scope) for scope in ("predict", "admin")}
     uniform = publish(settings, alone.uniform, N_ADAPTERS)
-    many = publish(settings, alone.varied, given.models + COLD)
+    many, cold = publish(settings, alone.varied, given.models), publish(settings, alone.varied, COLD, linked=False)
     with service(settings, alone.threads, keys["admin"]) as ours, plain(alone.uniform) as stock:
-        measures = _side_by_side(alone, ours, stock, keys["predict"], uniform, many[: given.models], given)
-        measures += _cold(ours, keys["predict"], many[given.models :], alone)
+        measures = _side_by_side(alone, ours, stock, keys["predict"], uniform, many, given)
+        measures += _cold(ours, keys["predict"], cold, alone)
         measures += _health(ours, keys["predict"], uniform, alone, given.seconds)
         return measures + _memory(ours, keys["admin"], room)
 
@@ -53,7 +53,8 @@ def _side_by_side(
 ) -> list[Measure]:  # fmt: skip
     singles = [[text] for text in alone.texts]
     adapters = [alone.load(path) for path in alone.uniform]
-    names, cpu_ms = [path.name for path in alone.uniform], []
+    names, cpu_ms, seeds = [path.name for path in alone.uniform], [], itertools.count()
+    ids = [alone.ids(call) for call in alone.calls[:N_ADAPTERS]]
 
     def load(server: Running, calls: Calls, connections: int) -> Outcome:
         return ask(Load(server.port, calls, connections, given.seconds, key))
@@ -65,11 +66,14 @@ def _side_by_side(
         return outcome.rate
 
     def engine() -> float:
-        calls = list(zip(alone.calls[:N_ENGINE_CALLS], adapters, strict=False))
-        taken = seconds(lambda: [alone.engine.score(alone.ids(call), [one] * CALL) for call, one in calls])
-        return CALL * len(calls) / taken
+        calls = [(call, [one] * CALL) for call, one in zip(ids, adapters, strict=True)]
+        return CALL * len(calls) / seconds(lambda: [alone.engine.score(*call) for call in calls])
 
-    zipf_calls = predict_calls(zipf(many, 4 * len(singles)), singles * 4)
+    def by_zipf() -> float:
+        """Another draw each time: what was asked for before is no forecast."""
+        names = zipf(many, 4 * len(singles), next(seeds))
+        return load(ours, predict_calls(names, singles * 4), SINGLE).rate
+
     variants = {
         "plain_single": lambda: load(stock, predict_calls(names, singles), SINGLE).rate,
         "single": single,
@@ -77,7 +81,7 @@ def _side_by_side(
         "batch": lambda: load(ours, predict_calls(uniform, alone.calls), BATCH).rate,
         "engine": engine,
         "mixed16": lambda: load(ours, predict_calls(many[:N_ADAPTERS], singles), SINGLE).rate,
-        "zipf": lambda: load(ours, zipf_calls, SINGLE).rate,
+        "zipf": by_zipf,
     }
     taken = in_rounds(variants, given.rounds + 1)
     taken = {name: values[1:] for name, values in taken.items()}  # the first round warms up
