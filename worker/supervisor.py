@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -132,6 +133,11 @@ class Attempt:
             self._fail({"code": "invalid_data", "message": f"The job's {gone} is gone.", "hint": hint})
             raise LeaseLost("the job has ended")
         self.place.mkdir(parents=True)
+        with self._renewing():
+            self._fetch(dataset, model)
+        self._write_job(dataset)
+
+    def _fetch(self, dataset: Dataset, model: Model | None) -> None:
         self.storage.fetch(dataset.storage_key, self.place / "dataset")
         if model is not None:
             for name in model.files:
@@ -140,10 +146,12 @@ class Attempt:
         if self.claimed.checkpoint_prefix is not None:
             name = self.claimed.checkpoint_prefix.rpartition("/")[2]
             self.storage.fetch_folder(self.claimed.checkpoint_prefix, self.place / "checkpoints" / name)
-        profile = dataset.profile
+
+    def _write_job(self, dataset: Dataset) -> None:
+        spec, profile = self.claimed.spec, dataset.profile
         known = {"id": dataset.id, "name": dataset.name, "sha256": dataset.sha256, "n_rows": profile["n_rows"]}
         models_dir = self.settings.models_dir
-        named = None if predicts else endpoint_name(spec["baseline"]["prompt_model"])
+        named = None if self.claimed.kind == "predict" else endpoint_name(spec["baseline"]["prompt_model"])
         endpoint = None if named is None else self.settings.prompt_endpoints.get(named)
         job = {
             "job_id": self.lease.job_id,
@@ -204,6 +212,24 @@ class Attempt:
                     self.storage.delete(prefix)
                 raise
             self._kept = prefix
+
+    @contextlib.contextmanager
+    def _renewing(self) -> Iterator[None]:
+        """Keeps the lease beside copying, which says nothing on its way; one that was lost is noticed after it."""
+        done = threading.Event()
+
+        def renew() -> None:
+            with contextlib.suppress(LeaseLost):
+                while not done.wait(self.settings.lease_seconds / 3):
+                    jobs.renew(self.db, self.lease, self._now(), self.settings.lease_seconds)
+
+        thread = threading.Thread(target=renew)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _keep_lease(self) -> None:
         now = time.monotonic()
@@ -296,7 +322,7 @@ class Attempt:
             name = file.relative_to(folder).as_posix()
             key = f"{prefix}/{name}"
             if key not in self._stored:
-                with file.open("rb") as stream:
+                with file.open("rb") as stream, self._renewing():
                     self._stored[key] = self.storage.put(stream, key)
                 self._keep_lease()
             stored.append((name, self._stored[key]))

@@ -1,6 +1,7 @@
 """The API's end of the engine process: starts it, hands it texts, starts it again when it is lost."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -151,7 +152,9 @@ class EngineHandle:
             self.waiting_chars -= size
             del self._open[number]
             if not answer.done() or answer.cancelled():
-                process.stdin.write(wire.pack({"type": "drop", "number": number}))
+                with contextlib.suppress(ConnectionError, RuntimeError):  # it may be gone itself
+                    process.stdin.write(wire.pack({"type": "drop", "number": number}))
+            answer.cancel()  # an error that nobody waits for any more is not one to log
         return _scores(message)
 
     async def _live_once(self) -> None:

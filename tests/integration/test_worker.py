@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,35 @@ def test_a_job_that_succeeds_is_published_once(bench: Bench) -> None:
     assert b"".join(bench.storage.chunks(bench.rows(Artifact)[0].storage_key))
     assert not bench.children[0].folder.exists()
     assert not bench.supervisor.work_once(bench.folder / "work")
+
+
+@pytest.mark.parametrize("way", ["fetch", "put"])
+def test_the_lease_is_kept_while_a_large_file_is_copied(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, renewed = Bench(tmp_path, lease_seconds=2), threading.Event()
+    copy, renew = getattr(bench.storage, way), jobs.renew
+
+    def slowly(*given: Any) -> Any:
+        renewed.clear()
+        assert renewed.wait(30)
+        return copy(*given)
+
+    def noted(*given: Any) -> str:
+        status = renew(*given)
+        renewed.set()
+        return status
+
+    monkeypatch.setattr(bench.storage, way, slowly)
+    monkeypatch.setattr(supervisor_module.jobs, "renew", noted)
+
+    def leave_a_file(child: FakeChild) -> None:
+        (child.folder / "out").mkdir()
+        (child.folder / "out" / "metrics.json").write_text("{}")
+
+    done = {"type": "result", "summary": {"headline": "fine", "methods": {}}, "models": []}
+    assert bench.attempt(leave_a_file, done).status == "succeeded"
+    bench.db.close()
 
 
 def test_a_child_finds_the_dataset_and_the_job_in_its_folder(bench: Bench) -> None:
