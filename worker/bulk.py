@@ -39,9 +39,10 @@ from service.ml.manifest import Manifest, sha256_of
 from worker.artifacts import csv_writer
 from worker.progress import Reporter
 
-# Sorted by length a block of so many rows is hardly padded; the characters bound what the tokenizer keeps at a time.
-BLOCK_ROWS = {"cpu": 1024}
-MOST_BLOCK_ROWS, BLOCK_CHARS = 4096, 2_000_000
+# Sorted by length, a block of so many rows fills its batches; a block is the least that is done twice, so on a CPU its
+# characters are bounded too: some 25,000 tokens.
+BLOCK_ROWS, BLOCK_CHARS = {"cpu": 1024}, {"cpu": 100_000}
+MOST_BLOCK_ROWS, MOST_BLOCK_CHARS = 4096, 2_000_000
 PART_SECONDS = 10.0  # at most about so much work is done twice
 SHARES = {"prepare": 0.02, "evaluate": 0.95, "publish": 0.03}
 
@@ -151,7 +152,9 @@ def predict_file(
     backbone, tally = engine.backbone, parts.tally
     tokenizer = load_tokenizer(backbone.source.folder, decoder=backbone.decoder)  # the thread's own
     rows = itertools.islice(read_rows(file, table), tally.rows, None)
-    blocks = _blocks(rows, tokenizer, adapter.max_length, BLOCK_ROWS.get(backbone.device.type, MOST_BLOCK_ROWS))
+    device = backbone.device.type
+    most = BLOCK_ROWS.get(device, MOST_BLOCK_ROWS), BLOCK_CHARS.get(device, MOST_BLOCK_CHARS)
+    blocks = _blocks(rows, tokenizer, adapter.max_length, *most)
     done, writing = tally.rows, None
 
     def write(block: Block, logits: list[NDArray[np.float32]], seconds: float) -> bool:
@@ -183,11 +186,13 @@ def header(adapter: Adapter, top_k: int | None) -> list[str]:
     return ["row_id", "text", "label", "confidence", *(f"{of}_{i}" for i in ranks for of in ("label", "probability"))]
 
 
-def _blocks(rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, most_rows: int) -> Iterator[Block]:
+def _blocks(
+    rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, most_rows: int, most_chars: int
+) -> Iterator[Block]:
     """Cut by rows and characters alone, so that an attempt that goes on at a block's end scores the same blocks."""
     for first in rows:
         block, chars = [first], len(first.text)
-        while len(block) < most_rows and chars < BLOCK_CHARS and (row := next(rows, None)) is not None:
+        while len(block) < most_rows and chars < most_chars and (row := next(rows, None)) is not None:
             block.append(row)
             chars += len(row.text)
         encoded = encode(tokenizer, [row.text for row in block if row.text.strip()], max_length)
