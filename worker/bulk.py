@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.core.errors import ModelUnavailable
 from service.core.spec import JobSpec
 from service.ml.adapter import Adapter, load_adapter
 from service.ml.backbone import load_backbone
-from service.ml.base_models import find_base, locate
+from service.ml.base_models import locate_at
 from service.ml.calibration import softmax
 from service.ml.dataset import Row, TableFormat, UploadOptions, profile, read_rows
 from service.ml.device import DTYPES, pick_device, serving_precision
@@ -260,12 +259,7 @@ class Bulk:
     def _load(self, tally: Tally) -> tuple[Engine, Adapter]:
         models_dir = self.job.get("models_dir")
         manifest = Manifest.read(self.folder / "model")
-        source = locate(find_base(manifest.base_model, Path(models_dir) if models_dir else None))
-        if source.revision != manifest.base_revision:
-            raise ModelUnavailable(
-                f"Base model {manifest.base_model!r} is here at another revision than the model was trained on.",
-                hint="Put the files of that revision into the worker's TUNEPROOF_MODELS_DIR, then retry the job.",
-            )
+        source = locate_at(manifest.base_model, manifest.base_revision, Path(models_dir) if models_dir else None)
         device = pick_device()
         # One for all rows, whoever began.
         tally.precision = tally.precision or serving_precision(device, self.job.get("serve_dtype", "auto"))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from service.core.errors import AppError, BaseLoading, BaseNotServed, ModelUnavailable
+from service.core.errors import AppError, BaseLoading, BaseNotServed
 from service.inference.wire import Figures
 from service.ml.backbone import load_backbone
-from service.ml.base_models import Located, find_base, locate
+from service.ml.base_models import locate_at
 from service.ml.device import DTYPES, pick_device, serving_precision
 from service.ml.engine import Engine
 
@@ -105,7 +105,7 @@ class Bases:
 
     def _found(self, key: BaseKey) -> Engine | BaseNotServed:
         try:
-            source = self._locate(key)
+            source = locate_at(*key, self.models_dir)
             size = source.size_bytes * (2 if self.dtype == torch.float32 else 1)
             self._make_room(key, size)
             engine = Engine(load_backbone(source, device=self.device, dtype=self.dtype))
@@ -121,13 +121,6 @@ class Bases:
             log.exception("base model %s cannot be loaded", key[0])
             return self._refuse(key, f"Base model {key[0]!r} cannot be loaded ({type(error).__name__}).")
         return engine
-
-    def _locate(self, key: BaseKey) -> Located:
-        name, revision = key
-        source = locate(find_base(name, self.models_dir))
-        if source.revision != revision:
-            raise ModelUnavailable(f"Base model {name!r} is here at another revision than the model was trained on.")
-        return source
 
     def _make_room(self, key: BaseKey, size: int, *, exact: bool = False) -> None:
         limit = self.limits.memory_bytes

@@ -101,6 +101,21 @@ def is_at_hand(base: BaseModel) -> bool:
     return False
 
 
+def locate_at(name: str, revision: str, models_dir: Path | None) -> Located:
+    """The files of the base that a published model was trained on.
+
+    Raises:
+        ModelUnavailable: they cannot be had, or only at another revision.
+    """
+    source = locate(find_base(name, models_dir))
+    if source.revision != revision:
+        raise ModelUnavailable(
+            f"Base model {name!r} is here at another revision than the model was trained on.",
+            hint="Put the files of that revision into TUNEPROOF_MODELS_DIR.",
+        )
+    return source
+
+
 def locate(base: BaseModel, *, download: bool = True) -> Located:
     """Finds the files of a base model: the embedded package, the local folder, the hub's cache, or the hub.
 
