@@ -30,7 +30,7 @@ def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         "baseline": {"methods": ["majority", "embedding_logreg", "zero_shot"], "sample_size": 20, "few_shot": 3},
         "train": {"epochs": 2, "max_length": 32},
     }
-    (folder / "job.json").write_text(json.dumps({"spec": spec, "models_dir": str(tiny_models)}))
+    (folder / "job.json").write_text(json.dumps({"spec": spec, "models_dir": str(tiny_models), "serve_dtype": "fp32"}))
     ran = subprocess.run(
         [sys.executable, "-P", "-m", "worker.run", str(folder)],
         capture_output=True,

@@ -184,7 +184,10 @@ def test_banking77_with_nothing_given_reaches_its_thresholds_and_its_adapter_ser
 
 
 def check_stock_reload(client: httpx.Client, job: dict[str, Any], rows: list[dict[str, str]], folder: Path) -> None:
-    """Stock transformers and PEFT, from the published folder alone, and /predict: the same labels."""
+    """Stock transformers and PEFT in fp32, from the published folder alone, and /predict, in what `auto` gives.
+
+    In fp32 the same labels; in bf16 on at least 99.5 % of the rows.
+    """
     import io
     import zipfile
 
@@ -202,17 +205,19 @@ def check_stock_reload(client: httpx.Client, job: dict[str, Any], rows: list[dic
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels), dtype=torch.float32)
     model.config.pad_token_id = tokenizer.pad_token_id
     stock = PeftModel.from_pretrained(model, folder).eval()
-    sample = [row for row in rows if row["split"] == "test"][:200]
+    sample = [row for row in rows if row["split"] == "test"][:1000]
     texts = [row["text"] for row in sample]
     inputs = tokenizer(texts, padding=True, truncation=True, max_length=192, return_tensors="pt")
     with torch.inference_mode():
         given = [labels[i] for i in stock(**inputs).logits.argmax(1)]
-    assert given == [row["lora"] for row in sample]
+    exact = client.get(f"/jobs/{job['id']}/artifacts/metrics.json").json()["environment"]["scored_in"] == "float32"
+    share, within = (1, 1e-4) if exact else (0.995, 0.02)
+    assert sum(one == row["lora"] for one, row in zip(given, sample, strict=True)) >= share * len(sample)
     _until(lambda: client.post("/predict", json={"model": job["model_id"], "text": "x"}).status_code == 200, 60)
     served = client.post("/predict", json={"model": job["model_id"], "texts": texts}).json()["predictions"]
-    assert [answer["label"] for answer in served] == given
+    assert sum(answer["label"] == one for answer, one in zip(served, given, strict=True)) >= share * len(sample)
     confidence = [float(row["lora_confidence"]) for row in sample]
-    assert [answer["confidence"] for answer in served] == pytest.approx(confidence, abs=1e-4)
+    assert [answer["confidence"] for answer in served] == pytest.approx(confidence, abs=within)
 
 
 @pytest.mark.parametrize("fields", [{}, {"text_column": "1", "label_column": "0", "has_header": "false"}])

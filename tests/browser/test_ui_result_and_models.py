@@ -316,7 +316,7 @@ def test_a_job_that_predicts_shows_how_many_rows_got_each_label_and_its_file(
     jobs.publish(db, lease, [artifact], [], summary, START, GRACE)
     expect(page.get_by_role("heading", name="990 of 1,000 rows labelled")).to_be_visible()
     rows = page.get_by_role("region", name="Rows by label").get_by_role("row")
-    assert rows.all_inner_texts() == ["Label\tRows\tShare", "<b>refund\t900\t90.0 %", "fee\t90\t9.0 %"]
+    assert rows.all_inner_texts() == ["Label\tRows\tShare", "<b>refund\t900\t90.0\xa0%", "fee\t90\t9.0\xa0%"]
     with page.expect_download() as downloaded:
         page.get_by_role("link", name="Download predictions.csv").click()
     assert downloaded.value.path().read_bytes() == b"row_id,text,label,confidence\n"

@@ -204,7 +204,7 @@ def test_a_job_whose_child_is_killed_between_blocks_goes_on_and_leaves_the_same_
         assert service.client.get(f"/jobs/{job_id}/artifacts/predictions.csv").status_code == 404
     with service.ctx.db.read() as session:
         garbage = session.scalars(select(Garbage.prefix)).all()
-    assert any(half in prefix and prefix.endswith("/parts") for prefix in garbage)
+    assert f"jobs/{half}/checkpoints" in garbage
     assert any(broken in prefix and prefix.endswith("/predictions.csv") for prefix in garbage)
 
 

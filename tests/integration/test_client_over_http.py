@@ -150,7 +150,7 @@ def test_the_command_goes_from_a_file_to_a_cancelled_job(running: Running, tmp_p
     assert job["id"] in command(running, "jobs", env={"COLUMNS": "60", "NO_COLOR": "1"}).stdout
     assert "cancelled" in command(running, "cancel", job["id"]).stdout
     watched = command(running, "watch", job["id"])
-    assert (watched.returncode, watched.stderr.splitlines()[-1]) == (1, f"The job {job['id']} is cancelled.")
+    assert (watched.returncode, watched.stderr.splitlines()[-1]) == (1, f"The job {job['id']} was cancelled.")
     assert "\x1b" not in watched.stdout + watched.stderr
     assert command(running, "cancel", job["id"]).returncode == 2
 

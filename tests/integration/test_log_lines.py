@@ -74,7 +74,7 @@ def test_no_process_logs_a_word_of_what_users_sent(tmp_path: Path) -> None:
     assert (stage["job_id"], stage["attempt"]) == (job["id"], 1)
     failed = next(line for line in lines if line["message"] == "a prediction failed")
     assert (failed["logger"], failed["request_id"]) == ("tuneproof.engine", "of-the-engine")
-    assert "in _prepare" in failed["error"]
+    assert "in _tokenize" in failed["error"]
     assert any(line.get("status") == 202 and line["route"] == "/jobs" for line in lines)
 
 
