@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,15 @@ _SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
              "head_dim": 16, "intermediate_size": 96},
 }  # fmt: skip
+
+
+class Letters:
+    """Texts as letters: the engine looks at a few when it takes a base over."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[1 + ord(letter) % (VOCABULARY - 1) for letter in text] for text in texts]}
 
 
 def forward_measures(
@@ -53,7 +61,7 @@ def forward_measures(
     ]
     body = copy.deepcopy(model.model)  # the engine takes its own over
     source: Any = None
-    engine = Engine(Backbone(model, SimpleNamespace(pad_token_id=0), True, "score", (), "last", source))
+    engine = Engine(Backbone(model, Letters(), True, "score", (), "last", source))
     adapters = [random_adapter(engine, 2 + i, i) for i in range(N_ADAPTERS)]
     for adapter in adapters:
         engine.attach(adapter)

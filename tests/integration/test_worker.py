@@ -565,6 +565,7 @@ class Workshop:
         given = {
             "TUNEPROOF_DATA_DIR": str(self.data_dir), "TUNEPROOF_MODELS_DIR": str(self.models_dir),
             "TUNEPROOF_LEASE_SECONDS": "5", "TUNEPROOF_POLL_SECONDS": "0.1", "OMP_NUM_THREADS": "1",
+            "TUNEPROOF_SERVE_DTYPE": "fp32",
         }  # fmt: skip
         with (self.data_dir / "worker.log").open("ab") as log:
             self.workers.append(
