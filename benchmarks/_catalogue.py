@@ -83,7 +83,7 @@ def publish(settings: Settings, folders: Sequence[Path], n_models: int, *, linke
             model_id, "lora", manifests[at].base_model, manifests[at].base_revision, list(manifests[at].labels), {},
             sum(path.stat().st_size for path in folders[at].iterdir()), prefix, files,
         )  # fmt: skip
-        rows.append(Model(name=folders[at].name, version=number, job_id="", created_at=utc_now(), **asdict(made)))
+        rows.append(Model(name=model_id, version=1, job_id="", created_at=utc_now(), **asdict(made)))
     ids = [row.id for row in rows]
     with db.write() as session:
         session.add_all(rows)

@@ -38,10 +38,10 @@ class Alone:
     texts: list[str]
 
     @classmethod
-    def over(cls, folder: Path, asked: str = "auto") -> "Alone":
-        """Writes the adapters into `folder` and loads the base in the precision asked for."""
+    def over(cls, folder: Path) -> "Alone":
+        """Writes the adapters into `folder` and loads the base."""
         source, device = locate(find_base(EMBEDDED, None)), pick_device("cpu")
-        precision = serving_precision(device, asked)
+        precision = serving_precision(device)
         engine = Engine(load_backbone(source, device=device, dtype=DTYPES[precision]))
         tokenizer = engine.backbone.tokenizer
         counts = np.linspace(2, MOST_LABELS, N_ADAPTERS).astype(int).tolist()
@@ -53,6 +53,11 @@ class Alone:
             save_bare(folder / "bare", source, tokenizer, MOST_LABELS),
             texts(tokenizer, CALL * 32),
         )  # fmt: skip
+
+    def in_fp32(self) -> "Alone":
+        """The same adapters on a base of its own, in the precision that stock PEFT computes in."""
+        backbone = load_backbone(self.source, device=self.engine.backbone.device, dtype=torch.float32)
+        return replace(self, engine=Engine(backbone), precision="fp32")
 
     @property
     def threads(self) -> int:
@@ -105,7 +110,7 @@ def engine_measures(alone: Alone, rounds: int) -> list[Measure]:
         return CALL * N_CALLS / seconds(lambda: [side.engine.score(side.ids(call), mixed) for call in calls])
 
     stock_tokenizer = AutoTokenizer.from_pretrained(alone.bare)
-    exact = Alone.over(alone.bare.parent, "fp32")
+    exact = alone.in_fp32()
     exactly = [exact.load(folder) for folder in exact.uniform]
     expected = by_peft(calls[0]).numpy()
     for side, adapters in ((alone, uniform), (exact, exactly)):
