@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 from httpx_sse import EventSource, ServerSentEvent, connect_sse
 
 from service.api import events as events_module
+from service.api import jobs as jobs_routes
 from service.api.events import _wants_stream
 from service.db import catalog, jobs
 from service.db.engine import Database
@@ -175,13 +177,22 @@ def test_it_works_when_the_worker_is_another_process(app: FastAPI, db: Database)
 
 
 # How it ends --------------------------------------------------------------------------------------
-def test_a_stopping_server_ends_streams_and_long_polls_at_once(app: FastAPI, db: Database) -> None:
-    job_id = add_job(db)
+def test_a_stopping_server_ends_streams_and_long_polls_at_once(
+    app: FastAPI, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, asked, get_job = add_job(db), threading.Event(), jobs_routes.get_job
+
+    def noted(*given: Any) -> Any:
+        asked.set()
+        return get_job(*given)
+
+    monkeypatch.setattr(jobs_routes, "get_job", noted)
     with ThreadPoolExecutor() as pool, ExitStack() as server:
         url = server.enter_context(listening(app))
         polled = pool.submit(httpx.get, f"{url}/jobs/{job_id}/wait?timeout_seconds=60", timeout=60)
         with stream(url, job_id) as (_, events):
             assert [told(next(events))[0] for _ in range(2)] == ["status", "progress"]
+            assert asked.wait(SOON)  # the long poll is there too
             began = time.monotonic()
             stopped = pool.submit(server.close)
             assert list(events) == []
