@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, json_body, unless_gone
+from service.api.recent import SECONDS, SECONDS_UNCHANGING
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, ThresholdOut, UsageOut
 from service.core.errors import Conflict, InvalidInput, ModelDamaged
 from service.db import catalog
@@ -77,8 +78,9 @@ async def _found(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str]
         return served_model(model), model.labels, model.calibration
 
     name = "model", id_or_alias
+    seconds = SECONDS_UNCHANGING if id_or_alias.startswith("mdl_") else SECONDS
     held: tuple[ServedModel, list[str], dict[str, Any] | None] | None = ctx.recent.held(name)
-    return held if held is not None else await run_in_threadpool(ctx.recent.get, name, look)
+    return held if held is not None else await run_in_threadpool(ctx.recent.get, name, look, seconds)
 
 
 def _threshold(target_precision: float, calibration: dict[str, Any] | None) -> Threshold:

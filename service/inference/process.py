@@ -21,7 +21,6 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import IO, Any, NoReturn
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -84,7 +83,6 @@ class EngineProcess:
         self._closed = False
         self._lock = threading.RLock()  # of all of the above
         self._texts_wait, self._rows_wait = threading.Condition(self._lock), threading.Condition(self._lock)
-        self._attached: WeakSet[Adapter] = WeakSet()
         self._answering = threading.Lock()
         self._told: Figures | None = None
         self._told_at = float("-inf")
@@ -201,9 +199,7 @@ class EngineProcess:
     def _score(self, engine: Engine, rows: Rows) -> None:
         adapters = [call.adapter for call, _row in rows]
         for adapter in {*adapters}:
-            if adapter not in self._attached:
-                engine.attach(adapter)
-                self._attached.add(adapter)
+            engine.attach(adapter)
         logits = engine.score([call.ids[row] for call, row in rows], adapters, self._counted())
         done = []
         for (call, row), values in zip(rows, logits, strict=True):

@@ -98,6 +98,7 @@ class Engine:
         self.backbone = backbone
         self._flight = _Flight()
         self._wrapped: set[str] = set()
+        self._fitting: set[object] = set()
         head = _linear(backbone.model, backbone.head_name)
         self.head_width, self.head_has_bias = head.in_features, head.bias is not None
         _replace(backbone.model, backbone.head_name, nn.Identity())
@@ -115,7 +116,7 @@ class Engine:
         self._longest_packed = self._packing() if self._kernel is not None else 0.0
 
     def attach(self, adapter: Adapter) -> None:
-        """Makes the base ready for an adapter; cheap, and only once per layer name.
+        """Makes the base ready for an adapter; next to nothing for one that is shaped like one before.
 
         Raises:
             InvalidData: the adapter belongs to a base of another shape.
@@ -125,11 +126,14 @@ class Engine:
             raise InvalidData("The saved model's head does not fit the base model's states.")
         if adapter.states == "head" and not adapter.layers.keys() >= set(self.backbone.fresh):
             raise InvalidData("The saved adapter has no weights for layers that the base model's files lack.")
+        instead = tuple((name, layer.weight.shape) for name, layer in adapter.layers.items())
+        if (adapter.layout, instead) in self._fitting:
+            return
         shapes = [(name, (n_out, n_in)) for name, _rank, n_in, n_out in adapter.layout.layers]
         for name, _ in shapes:
             if not _IN_A_BLOCK.search(name):
                 raise InvalidData(f"The saved adapter adapts {name}, which is in none of the base model's blocks.")
-        shapes += [(name, (x.weight.shape[0], x.weight.shape[1])) for name, x in adapter.layers.items()]
+        shapes += [(name, (shape[0], shape[1])) for name, shape in instead]
         layers = {name: _linear(self.backbone.model, name) for name, _ in shapes}
         for name, shape in shapes:
             if (layers[name].out_features, layers[name].in_features) != shape:
@@ -137,6 +141,7 @@ class Engine:
         for name in layers.keys() - self._wrapped:
             _replace(self.backbone.model, name, _AdaptedLinear(layers[name], name, self._flight))
             self._wrapped.add(name)
+        self._fitting.add((adapter.layout, instead))
 
     def score(
         self, ids: Sequence[list[int]], adapters: Sequence[Adapter], on_batch: OnBatch | None = None

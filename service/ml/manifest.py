@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Container
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -64,8 +63,8 @@ class Manifest:
         (folder / FILE).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, folder: Path, names: Container[str] | None = None) -> "Manifest":
-        """The manifest of `folder`, every file in it, or those among `names`, checked against its sha256.
+    def read(cls, folder: Path, *, whole: bool = True) -> "Manifest":
+        """The manifest of `folder`; where it is read `whole`, every file is checked against its sha256.
 
         Raises:
             InvalidData: a file is missing or is not the one that was published, or the manifest itself is damaged.
@@ -77,13 +76,19 @@ class Manifest:
                 raise ValueError("a temperature is above 0")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidData(f"{FILE} of the saved model is missing, damaged, or of another version.") from error
-        for name, expected in manifest.files.items():
-            file = folder / name
-            if names is not None and name not in names:
-                continue
-            if not file.is_file() or sha256_of(file) != expected:
-                raise InvalidData(f"{name} of the saved model is missing or not the file that was published.")
+        for name in manifest.files if whole else ():
+            manifest.bytes_of(folder, name)
         return manifest
+
+    def bytes_of(self, folder: Path, name: str) -> bytes:
+        """A file's bytes. Raises InvalidData where it is missing or is not the one that was published."""
+        try:
+            found = (folder / name).read_bytes()
+        except OSError:
+            found = None
+        if found is None or hashlib.sha256(found).hexdigest() != self.files.get(name):
+            raise InvalidData(f"{name} of the saved model is missing or not the file that was published.")
+        return found
 
 
 def sha256_of(path: Path) -> str:
