@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from service.ml.adapter import Adapter, Linear
+from service.ml.adapter import Adapter, Linear, laid_flat
 from service.ml.engine import Engine
 
 RANK = 16
@@ -34,15 +34,18 @@ def texts(tokenizer: Any, n: int, seed: int = 0) -> list[str]:
 def random_adapter(engine: Engine, n_labels: int, seed: int) -> Adapter:
     """LoRA on every attention projection and a head, in the base's precision; for before any is attached."""
     torch.manual_seed(seed)
-    some = next(engine.backbone.model.parameters())
+    some, rng = next(engine.backbone.model.parameters()), np.random.default_rng(seed)
     projections = tuple(engine.backbone.attention_projections())
     lora = {
-        name: tuple(0.05 * torch.randn(shape).to(some) for shape in ((RANK, x.in_features), (x.out_features, RANK)))
+        name: tuple(
+            0.05 * rng.standard_normal(shape, "f4") for shape in ((RANK, x.in_features), (x.out_features, RANK))
+        )
         for name, x in engine.backbone.model.named_modules()
         if isinstance(x, torch.nn.Linear) and name.endswith(projections)
-    }
-    head = Linear(torch.randn(n_labels, engine.head_width).to(some.device), torch.zeros(n_labels).to(some.device))
-    return Adapter(tuple(map(str, range(n_labels))), head, "head", 192, lora)  # type: ignore[arg-type]
+    }  # fmt: skip
+    head = Linear(torch.randn(n_labels, engine.head_width), torch.zeros(n_labels))
+    adapter = Adapter(tuple(map(str, range(n_labels))), head, "head", 192, *laid_flat(lora))
+    return adapter.to(some.device, some.dtype)
 
 
 def encoder_flops(config: Any, n_tokens: NDArray[np.int64]) -> float:

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import save_file
 from torch import Tensor
 
 from service.core.errors import InvalidData
@@ -19,6 +20,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 HEAD = "head.safetensors"
 _PEFT_PREFIX = "base_model.model."
+Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -69,30 +71,25 @@ class Adapter:
         head: (K, H), float32.
         states: What the head multiplies.
         max_length: Of a text, in tokens.
-        lora: By layer, A (r, in) and B (out, r) with the scale folded into B. Taken over into `flat`.
+        flat: (F,), A and B of every wrapped layer, the scale folded into B, in one tensor.
+        layout: Which layers stand in `flat`.
         layers: By name, layers that take the place of the base's.
         temperature: What logits are divided by before they become probabilities.
-        flat: (F,), all of `lora` in one tensor, as `layout` says.
-        layout: Which layers stand in `flat`.
     """
 
     labels: tuple[str, ...]
     head: Linear
     states: States
     max_length: int
-    lora: InitVar[Mapping[str, tuple[Tensor, Tensor]] | None] = None
-    layers: dict[str, Linear] = field(default_factory=dict)
-    temperature: float = 1.0
     flat: Tensor = field(default_factory=lambda: torch.empty(0))
     layout: Layout = Layout(())
+    layers: dict[str, Linear] = field(default_factory=dict)
+    temperature: float = 1.0
 
-    def __post_init__(self, lora: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
-        if lora:
-            pairs = sorted(lora.items())
-            layout = Layout(tuple((name, *a.shape, len(b)) for name, (a, b) in pairs))
-            # As they are multiplied: batched products copy what stands the other way round.
-            object.__setattr__(self, "flat", torch.cat([half.T.flatten() for _, pair in pairs for half in pair]))
-            object.__setattr__(self, "layout", layout)
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
+        """On a device, in the base's precision; the head stays float32: it is small and decides."""
+        layers = {name: linear.to(device, dtype) for name, linear in self.layers.items()}
+        return replace(self, head=self.head.to(device, torch.float32), flat=self.flat.to(device, dtype), layers=layers)
 
     @property
     def size_bytes(self) -> int:
@@ -100,6 +97,16 @@ class Adapter:
         for linear in (self.head, *self.layers.values()):
             tensors += [t for t in (linear.weight, linear.bias) if t is not None]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def laid_flat(lora: Mapping[str, tuple[Array, Array]]) -> tuple[Tensor, Layout]:
+    """By layer A (r, in) and B (out, r) as an adapter holds them: all numbers in a row, and which are whose."""
+    if not lora:
+        return torch.empty(0), Layout(())
+    pairs = sorted(lora.items())
+    # As they are multiplied: batched products copy what stands the other way round.
+    flat = np.concatenate([half.T.ravel() for _name, pair in pairs for half in pair])
+    return torch.from_numpy(flat), Layout(tuple((name, *a.shape, len(b)) for name, (a, b) in pairs))
 
 
 def save_head(folder: Path, weight: Tensor, bias: Tensor) -> None:
@@ -125,38 +132,35 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
     head = linears.pop(head_name, None)
     if head is None or head.weight.shape[0] != len(manifest.labels):
         raise InvalidData("The saved model's head does not have one row per label.")
-    layers = {name: linear.to(device, dtype) for name, linear in linears.items()}
-    read_in = Adapter(
-        manifest.labels, head.to(device, torch.float32), manifest.states, manifest.max_length, lora, layers,
-        manifest.temperature,
-    )  # fmt: skip
-    return replace(read_in, lora=None, flat=read_in.flat.to(device, dtype))  # in one piece: a layer's is soon sent
+    flat, layout = laid_flat(lora)
+    labels, states, longest = manifest.labels, manifest.states, manifest.max_length
+    return Adapter(labels, head, states, longest, flat, layout, linears, manifest.temperature).to(device, dtype)
 
 
 def _read_head(read: Callable[[str], bytes], head_name: str) -> dict[str, Linear]:
-    head = _linear(_tensors(HEAD, read), "")
+    head = _linear(_arrays(HEAD, read), "")
     if head.bias is None:
         raise InvalidData(f"{HEAD} of the saved model has no bias.")
     return {head_name: head}
 
 
-def _read_peft(read: Callable[[str], bytes]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Linear]]:
+def _read_peft(read: Callable[[str], bytes]) -> tuple[dict[str, tuple[Array, Array]], dict[str, Linear]]:
     scale = _scale(read(CONFIG))
-    tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in _tensors(WEIGHTS, read).items()}
-    lora: dict[str, tuple[Tensor, Tensor]] = {}
+    arrays = {name.removeprefix(_PEFT_PREFIX): array for name, array in _arrays(WEIGHTS, read).items()}
+    lora: dict[str, tuple[Array, Array]] = {}
     linears: dict[str, Linear] = {}
-    for name, tensor in tensors.items():
+    for name, array in arrays.items():
+        layer = name.rpartition(".")[0]
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
-            layer = name[: -len(".lora_A.weight")]
+            layer = layer.rpartition(".")[0]
             if layer in lora:
                 continue
-            a, b = (tensors.get(f"{layer}.lora_{half}.weight", tensor[:0]) for half in "AB")
+            a, b = (arrays.get(f"{layer}.lora_{half}.weight", array[:0]) for half in "AB")
             if a.ndim != 2 or b.ndim != 2 or b.shape[1] != len(a):
                 raise InvalidData(f"The saved adapter's two halves at {layer} do not fit together.")
             lora[layer] = (a, b * scale)
         elif name.endswith((".weight", ".bias")) and ".lora_" not in name:
-            layer = name.rpartition(".")[0]
-            linears[layer] = _linear(tensors, f"{layer}.")
+            linears[layer] = _linear(arrays, f"{layer}.")
         else:
             raise InvalidData(f"The saved adapter holds {name}, which this version cannot serve.")
     return lora, linears
@@ -175,20 +179,31 @@ def _scale(file: bytes) -> float:
     return scale
 
 
-def _linear(tensors: dict[str, Tensor], prefix: str) -> Linear:
-    weight, bias = tensors.get(f"{prefix}weight"), tensors.get(f"{prefix}bias")
+def _linear(arrays: dict[str, Array], prefix: str) -> Linear:
+    weight, bias = arrays.get(f"{prefix}weight"), arrays.get(f"{prefix}bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         raise InvalidData(
             f"The saved model's layer {prefix or 'head'} is incomplete, or its parts do not fit together."
         )
-    return Linear(weight, bias)
+    return Linear(torch.tensor(weight), None if bias is None else torch.tensor(bias))
 
 
-def _tensors(name: str, read: Callable[[str], bytes]) -> dict[str, Tensor]:
+def _arrays(name: str, read: Callable[[str], bytes]) -> dict[str, Array]:
+    """Of a safetensors file, in numpy: torch gives up the interpreter at each of some hundred small steps, and the
+    engine's own thread waits for it as often.
+    """
     try:
-        tensors = {key: tensor.float() for key, tensor in load(read(name)).items()}
-    except SafetensorError as error:
-        raise InvalidData(f"{name} of the saved model is damaged.") from error
-    if not all(np.isfinite(tensor.numpy()).all() for tensor in tensors.values()):  # a sixth of torch's time
+        arrays = {key: _FLOATS[view["dtype"]](view["data"]).reshape(view["shape"])
+                  for key, view in deserialize(read(name))}  # type: ignore[no-untyped-call]  # fmt: skip
+    except (SafetensorError, KeyError) as error:
+        raise InvalidData(f"{name} of the saved model is damaged, or holds other numbers than floats.") from error
+    if not all(np.isfinite(array).all() for array in arrays.values()):
         raise InvalidData(f"{name} of the saved model holds NaN or infinity.")
-    return tensors
+    return arrays
+
+
+_FLOATS: dict[str, Callable[[bytes], Array]] = {
+    "F32": lambda data: np.frombuffer(data, "<f4"),
+    "F16": lambda data: np.frombuffer(data, "<f2").astype("<f4"),
+    "BF16": lambda data: (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4"),
+}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
-from service.ml.adapter import Adapter, Linear
+from service.ml.adapter import Adapter, Linear, laid_flat
 from service.ml.backbone import load_backbone
 from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.encode import encode
@@ -33,12 +33,14 @@ def drawn(engine, n_labels, rank, seed, names=None):
     torch.manual_seed(seed)
     ends = tuple(names or engine.backbone.attention_projections())
     lora = {
-        name.removesuffix(".base"): (0.1 * torch.randn(rank, m.in_features), 0.1 * torch.randn(m.out_features, rank))
+        name.removesuffix(".base"): tuple(
+            0.1 * torch.randn(shape).numpy() for shape in ((rank, m.in_features), (m.out_features, rank))
+        )
         for name, m in engine.backbone.model.named_modules()
         if isinstance(m, torch.nn.Linear) and name.removesuffix(".base").endswith(ends)
     }
     head = Linear(torch.randn(n_labels, engine.head_width), torch.randn(n_labels))
-    adapter = Adapter(tuple(map(str, range(n_labels))), head, "head", 64, lora)
+    adapter = Adapter(tuple(map(str, range(n_labels))), head, "head", 64, *laid_flat(lora))
     engine.attach(adapter)
     return adapter
 
@@ -106,7 +108,8 @@ def test_blocks_of_tokens_give_each_token_its_own_adapters_products(data):
         {},
     ]
     head = Linear(torch.zeros(2, 3))
-    adapters = [Adapter(("x", "y"), head, "head", 8, lora) for lora in loras]
+    arrays = [{name: (a.numpy(), b.numpy()) for name, (a, b) in lora.items()} for lora in loras]
+    adapters = [Adapter(("x", "y"), head, "head", 8, *laid_flat(lora)) for lora in arrays]
     chosen = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
     mixture = Mixture.of([adapters[i] for i in chosen], rows)
     x = torch.randn(int(starts[-1] + lengths[-1]), 5)
