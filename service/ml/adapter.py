@@ -1,7 +1,7 @@
 """What one model adds to a base: LoRA pairs, layers the base lacks, and a head, read from a folder on disk."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -53,13 +53,15 @@ class Layout:
             start += rank * (n_in + n_out)
         return places
 
-    def pair(self, name: str, flat: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Of N adapters' numbers `(N, F)` a layer's A^T `(N, in, r)` and B^T `(N, r, out)`; None if unwrapped."""
+    def pair(self, name: str, flats: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Of N adapters' numbers `(F,)` a layer's A^T `(N, in, r)` and B^T `(N, r, out)`; None if unwrapped."""
         if name not in self.places:
             return None
         start, rank, n_in, n_out = self.places[name]
-        middle, stop = start + rank * n_in, start + rank * (n_in + n_out)
-        return flat[:, start:middle].view(-1, n_in, rank), flat[:, middle:stop].view(-1, rank, n_out)
+        n_down, stop = rank * n_in, start + rank * (n_in + n_out)
+        # Layer by layer: what is copied is small, and still in the processor's cache when it is multiplied.
+        both = torch.stack([flat[start:stop] for flat in flats]) if len(flats) > 1 else flats[0][None, start:stop]
+        return both[:, :n_down].view(-1, n_in, rank), both[:, n_down:].view(-1, rank, n_out)
 
 
 @dataclass(frozen=True, eq=False)

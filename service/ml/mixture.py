@@ -23,14 +23,14 @@ class Share:
 
     Args:
         layout: Of all its adapters.
-        flat: `(N, F)`, for each block of tokens its adapter's numbers.
+        flats: N of `(F,)`, for each block of tokens its adapter's numbers.
         tokens: `(n,)` positions in the batch; None where that is every one in its order.
         blocks: `(N, b)` positions in the batch, filled up with any; None where one adapter has it all.
         places: `(n,)`, for each of `tokens` its place in the blocks; None where they stand there in order.
     """
 
     layout: Layout
-    flat: Tensor
+    flats: list[Tensor]
     tokens: Tensor | None
     blocks: Tensor | None
     places: Tensor | None
@@ -39,7 +39,7 @@ class Share:
 
     def add(self, name: str, x: Tensor, y: Tensor) -> None:
         """Adds the layer's LoRA products of `x` `(…, in)` to `y` `(positions, out)`."""
-        pair = self.layout.pair(name, self.flat)
+        pair = self.layout.pair(name, self.flats)
         if pair is None:
             return
         down, up = pair
@@ -49,15 +49,17 @@ class Share:
         # (N, b, in) x (N, in, r) x (N, r, out)
         delta = torch.bmm(torch.bmm(self._in_blocks(x), down), up).flatten(0, 1)
         if self.places is not None:
-            delta = delta[self.places]
+            delta = delta.index_select(0, self.places)  # on a CPU a sixth of the time of delta[self.places]
         if self.tokens is None:
             y += delta
         else:
-            y[self.tokens] += delta
+            y.index_add_(0, self.tokens, delta)
 
     def _in_blocks(self, x: Tensor) -> Tensor:
         if self._input is not x or self._blocked is None:  # query, key and value read the same input
-            self._input, self._blocked = x, x.flatten(0, -2)[self.blocks]
+            assert self.blocks is not None  # the one case without needs none
+            rows = x.flatten(0, -2).index_select(0, self.blocks.flatten())
+            self._input, self._blocked = x, rows.view(*self.blocks.shape, -1)
         return self._blocked
 
 
@@ -109,7 +111,7 @@ def _share(
     everywhere = len(tokens) == len(rows.positions) == int(rows.starts[-1] + rows.lengths[-1])
     where = None if everywhere else torch.from_numpy(tokens).to(rows.device)
     if len(members) == 1:
-        return Share(layout, flats[0][None], where, None if where is None else where[None], None)
+        return Share(layout, flats, where, None if where is None else where[None], None)
     group = np.searchsorted(members, of_token[of_layout])
     counts = np.bincount(group, minlength=len(members))
     size = -(-len(tokens) // len(members))
@@ -120,8 +122,8 @@ def _share(
     places = (np.cumsum(n_blocks) - n_blocks)[group] * size + rank
     blocks = np.full(int(n_blocks.sum()) * size, tokens[0])
     blocks[places] = tokens
-    flat = torch.stack([flat for flat, n in zip(flats, n_blocks.tolist(), strict=True) for _ in range(n)])
+    flats = [flat for flat, n in zip(flats, n_blocks.tolist(), strict=True) for _ in range(n)]
     return Share(
-        layout, flat, where, torch.from_numpy(blocks.reshape(-1, size)).to(rows.device),
+        layout, flats, where, torch.from_numpy(blocks.reshape(-1, size)).to(rows.device),
         torch.from_numpy(places).to(rows.device),
     )  # fmt: skip
