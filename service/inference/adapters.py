@@ -15,6 +15,8 @@ from service.storage import Storage
 
 # Reading waits for disk or network, checking hashes takes a core: neither is to take the engine's.
 _LOADERS = 2
+# Whoever waits for the calls before it has been told by then that it took too long.
+_SECONDS_FOR_ROOM = 60.0
 
 
 @dataclass(eq=False)
@@ -29,14 +31,17 @@ class _Held:
 class Adapters:
     """One cache over the storage. Calls that wait for the same adapter share one load.
 
-    The bytes held stay within the limit, a single larger adapter aside. One that is evicted lives on in the calls that
-    are being answered with it.
+    One that is evicted lives on in the calls that are being answered with it, and counts until they are: while what
+    was read and is in use takes more than the limit, nothing more is read. Beyond it are at most what the loaders have
+    in hand, and a single adapter that is larger.
     """
 
     def __init__(self, storage: Storage, limit_bytes: int, figures: Figures) -> None:
         self._storage, self._limit_bytes, self._figures = storage, limit_bytes, figures
         self._held: OrderedDict[str, _Held] = OrderedDict()
-        self._lock = threading.Lock()
+        self._alive_bytes = 0
+        self._lock = threading.RLock()  # whoever holds it may let go of the last of an adapter
+        self._fewer = threading.Condition(self._lock)
         self._loaders = ThreadPoolExecutor(_LOADERS, "adapter")
 
     def get(self, model: ServedModel, engine: Engine) -> Future[Adapter]:
@@ -53,32 +58,56 @@ class Adapters:
             self._count(hit=False)
             if held is not None:  # its base was evicted and loaded again
                 self._figures.adapter_bytes -= held.size_bytes
-            held = _Held(weakref.ref(engine), self._loaders.submit(self._read, model, engine))
-            self._held[model.id] = held
+            reading = self._loaders.submit(self._read, model, engine)
+            self._held[model.id] = _Held(weakref.ref(engine), reading)
             self._held.move_to_end(model.id)
-        held.adapter.add_done_callback(partial(self._settle, model.id, held))
-        return held.adapter
+        reading.add_done_callback(partial(self._settle, model.id))
+        return reading
 
     def _count(self, *, hit: bool) -> None:
         self._figures.adapter_hits += hit
         self._figures.adapter_misses += not hit
 
-    def _settle(self, model_id: str, held: _Held, adapter: Future[Adapter]) -> None:
+    def _settle(self, model_id: str, reading: Future[Adapter]) -> None:
         """Makes room for one that is there, and forgets one that could not be had."""
         with self._lock:
-            if self._held.get(model_id) is not held:
+            held = self._held.get(model_id)
+            if held is None or held.adapter is not reading:
                 return
-            if adapter.exception() is not None:
+            if reading.exception() is not None:
                 del self._held[model_id]
                 return
-            held.size_bytes = adapter.result().size_bytes
+            held.adapter = Future()  # in place of one that keeps the calls which waited for it, and their texts
+            held.adapter.set_result(reading.result())
+            held.size_bytes = reading.result().size_bytes
             self._figures.adapter_bytes += held.size_bytes
-            while len(self._held) > 1 and self._figures.adapter_bytes > self._limit_bytes:
-                _id, oldest = self._held.popitem(last=False)
-                self._figures.adapter_bytes -= oldest.size_bytes
-                self._figures.adapter_evictions += 1
+            self._make_room(model_id)
+
+    def _make_room(self, keep: str) -> None:
+        """Evicts the least recently used until the rest fits, `keep` and those on their way aside."""
+        while self._figures.adapter_bytes > self._limit_bytes:
+            oldest = next((name for name, held in self._held.items() if held.size_bytes and name != keep), None)
+            if oldest is None:
+                return
+            self._figures.adapter_bytes -= self._held.pop(oldest).size_bytes
+            self._figures.adapter_evictions += 1
 
     def _read(self, model: ServedModel, engine: Engine) -> Adapter:
+        with self._fewer:
+            self._make_room(model.id)
+            self._fewer.wait_for(lambda: self._alive_bytes <= self._limit_bytes, _SECONDS_FOR_ROOM)
+        adapter = self._load(model, engine)
+        with self._lock:
+            self._alive_bytes += adapter.size_bytes
+        weakref.finalize(adapter, self._used_up, adapter.size_bytes).atexit = False
+        return adapter
+
+    def _used_up(self, size_bytes: int) -> None:
+        with self._fewer:
+            self._alive_bytes -= size_bytes
+            self._fewer.notify_all()
+
+    def _load(self, model: ServedModel, engine: Engine) -> Adapter:
         backbone = engine.backbone
         dtype = next(backbone.model.parameters()).dtype
         try:

@@ -133,15 +133,20 @@ class EngineProcess:
             self._tell()
             with self._lock:
                 self._rows_wait.wait_for(lambda: self._rows or self._closed, _SECONDS_BETWEEN_FIGURES)
-                taken = self._rows.take(self._budget)
-            start = time.monotonic()
-            in_time = [(call, row) for call, row in taken if call.deadline >= start]
-            for call in {call for call, _row in taken if call.deadline < start}:
-                self._forget(call.number)
-            for engine in {call.engine for call, _row in in_time}:
-                self._score_whatever_fails(engine, [(call, row) for call, row in in_time if call.engine is engine])
-            if in_time:
-                self._measure(sum(len(call.ids[row]) for call, row in in_time), time.monotonic() - start)
+            self._take_a_turn()
+
+    def _take_a_turn(self) -> None:
+        """Scores one batch of what waits; when it is done, nothing of its calls is held here."""
+        with self._lock:
+            taken = self._rows.take(self._budget)
+        start = time.monotonic()
+        in_time = [(call, row) for call, row in taken if call.deadline >= start]
+        for call in {call for call, _row in taken if call.deadline < start}:
+            self._forget(call.number)
+        for engine in {call.engine for call, _row in in_time}:
+            self._score_whatever_fails(engine, [(call, row) for call, row in in_time if call.engine is engine])
+        if in_time:
+            self._measure(sum(len(call.ids[row]) for call, row in in_time), time.monotonic() - start)
 
     def _admit(self, call: Call) -> None:
         with self._lock:

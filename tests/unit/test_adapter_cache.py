@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,14 @@ class Base:
         self.backbone = SimpleNamespace(model=SimpleNamespace(parameters=parameters), head_name="h", device="cpu")
 
 
+@dataclass(eq=False)
+class Read:
+    """Stands for an adapter."""
+
+    name: str
+    size_bytes: int = 10
+
+
 def served(name: str) -> ServedModel:
     return ServedModel(name, "tiny", "r", f"models/{name}", ("manifest.json",))
 
@@ -37,7 +46,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         world["seen"].append(folder.name)
         if folder.name == "bad":
             raise InvalidData("not the published file")
-        return SimpleNamespace(name=folder.name, size_bytes=10)
+        return Read(folder.name)
 
     monkeypatch.setattr(cache, "load_adapter", load)
     yield world
@@ -73,6 +82,34 @@ def test_the_least_recently_used_makes_room_and_lives_on_where_it_is_in_use(
     get("b")
     assert reads["seen"] == ["b"], "b was out, the others are there"
     assert first.name == "a"
+
+
+def test_nothing_is_read_while_what_calls_still_use_takes_all_the_room(tmp_path: Path, reads: dict[str, Any]) -> None:
+    held, base = Adapters(Storage(f"file://{tmp_path}"), 10, figures := Figures()), Base()
+    reads["go"].set()
+    in_use = [held.get(served(name), base).result(20) for name in ("a", "b")]  # type: ignore[arg-type]
+    assert figures.adapter_evictions == 1, "a is out of the cache, and a call is still answered with it"
+    third = held.get(served("c"), base)  # type: ignore[arg-type]
+    with pytest.raises(TimeoutError):
+        third.result(0.2)
+    assert reads["seen"] == ["a", "b"]
+    del in_use[0]
+    assert third.result(20).name == "c"
+    assert (figures.adapter_bytes, figures.adapter_evictions) == (10, 2)
+
+
+def test_one_larger_than_the_limit_makes_room_for_the_next_even_if_it_was_used_after_that_was_asked_for(
+    tmp_path: Path, reads: dict[str, Any]
+) -> None:
+    held, base = Adapters(Storage(f"file://{tmp_path}"), 5, figures := Figures()), Base()
+    reads["go"].set()
+    held.get(served("a"), base).result(20)  # type: ignore[arg-type]
+    reads["go"].clear()
+    second = held.get(served("b"), base)  # type: ignore[arg-type]
+    held.get(served("a"), base)  # type: ignore[arg-type]
+    reads["go"].set()
+    assert second.result(20).name == "b"
+    assert figures.adapter_bytes == 10
 
 
 def test_one_that_could_not_be_had_is_asked_for_again(tmp_path: Path, reads: dict[str, Any]) -> None:
