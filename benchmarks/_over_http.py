@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,10 @@ def zipf(models: Sequence[str], n: int, seed: int = 0) -> list[str]:
 
 
 def http_measures(alone: Alone, folder: Path, given: argparse.Namespace) -> list[Measure]:
+    settings = Settings(data_dir=folder / "data")
     size = statistics.mean(alone.load(path).size_bytes for path in alone.varied)
     # A third of the adapters that Zipf's law asks for, and at least the sixteen.
-    room = int(size * max(given.models // 3, 2 * N_ADAPTERS))
-    settings = Settings(data_dir=folder / "data", adapter_cache_bytes=room)
+    tight = settings.model_copy(update={"adapter_cache_bytes": int(size * max(given.models // 3, 2 * N_ADAPTERS))})
     keys = {scope: make_key(settings, scope) for scope in ("predict", "admin")}
     uniform = publish(settings, alone.uniform, N_ADAPTERS)
     many, cold = publish(settings, alone.varied, given.models), publish(settings, alone.varied, COLD, linked=False)
@@ -44,7 +44,10 @@ def http_measures(alone: Alone, folder: Path, given: argparse.Namespace) -> list
         measures = _side_by_side(alone, ours, stock, keys["predict"], uniform, many, given)
         measures += _cold(ours, keys["predict"], cold, alone)
         measures += _health(ours, keys["predict"], uniform, alone, given.seconds)
-        return measures + _memory(ours, keys["admin"], room)
+    with service(tight, alone.threads, keys["admin"]) as ours:
+        taken = _in_rounds(_by_zipf(alone, ours, keys["predict"], many, given), given.rounds)
+        measures.append(Measure("thousand_zipf_a_third_in_memory", ratio(taken, "zipf", "mixed16")))
+        return measures + _memory(ours, keys["admin"], tight.adapter_cache_bytes)
 
 
 def _side_by_side(
@@ -53,7 +56,7 @@ def _side_by_side(
 ) -> list[Measure]:  # fmt: skip
     singles = [[text] for text in alone.texts]
     adapters = [alone.load(path) for path in alone.uniform]
-    names, cpu_ms, seeds = [path.name for path in alone.uniform], [], itertools.count()
+    names, cpu_ms, client = [path.name for path in alone.uniform], [], []
     ids = [alone.ids(call) for call in alone.calls[:N_ADAPTERS]]
 
     def load(server: Running, calls: Calls, connections: int) -> Outcome:
@@ -63,16 +66,12 @@ def _side_by_side(
         before = ours.cpu_seconds
         outcome = load(ours, predict_calls(uniform, singles), SINGLE)
         cpu_ms.append(1000 * (ours.cpu_seconds - before) / len(outcome.milliseconds))
+        client.append(outcome.cpu_seconds / outcome.seconds)
         return outcome.rate
 
     def engine() -> float:
         calls = [(call, [one] * CALL) for call, one in zip(ids, adapters, strict=True)]
         return CALL * len(calls) / seconds(lambda: [alone.engine.score(*call) for call in calls])
-
-    def by_zipf() -> float:
-        """Another draw each time: what was asked for before is no forecast."""
-        names = zipf(many, 4 * len(singles), next(seeds))
-        return load(ours, predict_calls(names, singles * 4), SINGLE).rate
 
     variants = {
         "plain_single": lambda: load(stock, predict_calls(names, singles), SINGLE).rate,
@@ -80,11 +79,9 @@ def _side_by_side(
         "plain_batch": lambda: load(stock, predict_calls(names, alone.calls), BATCH).rate,
         "batch": lambda: load(ours, predict_calls(uniform, alone.calls), BATCH).rate,
         "engine": engine,
-        "mixed16": lambda: load(ours, predict_calls(many[:N_ADAPTERS], singles), SINGLE).rate,
-        "zipf": by_zipf,
+        **_by_zipf(alone, ours, key, many, given),
     }
-    taken = in_rounds(variants, given.rounds + 1)
-    taken = {name: values[1:] for name, values in taken.items()}  # the first round warms up
+    taken = _in_rounds(variants, given.rounds)
     return [
         Measure("http_single_vs_plain", ratio(taken, "single", "plain_single"), at_least=7),
         Measure("http_batch_vs_plain", ratio(taken, "batch", "plain_batch"), at_least=3.5),
@@ -92,7 +89,30 @@ def _side_by_side(
         Measure("thousand_zipf_vs_mixed16", ratio(taken, "zipf", "mixed16"), at_least=0.9),
         *(Measure(f"{name}_texts_per_second", values) for name, values in taken.items()),
         Measure("api_cpu_ms_per_call", cpu_ms[1:]),
+        Measure("client_cpu_share_of_a_core", client[1:]),
     ]
+
+
+def _by_zipf(
+    alone: Alone, ours: Running, key: str, many: list[str], given: argparse.Namespace
+) -> dict[str, Callable[[], float]]:
+    """Single texts to sixteen models in turn, and to a thousand by Zipf's law."""
+    singles, seeds = [[text] for text in alone.texts], itertools.count()
+
+    def load(names: Sequence[str]) -> float:
+        calls = predict_calls(names, singles * (len(names) // len(singles) or 1))
+        return ask(Load(ours.port, calls, SINGLE, given.seconds, key)).rate
+
+    return {
+        "mixed16": lambda: load(many[:N_ADAPTERS]),
+        # Another draw each time: what was asked for before is no forecast.
+        "zipf": lambda: load(zipf(many, 4 * len(singles), next(seeds))),
+    }
+
+
+def _in_rounds(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """As `in_rounds`, after one that warms up."""
+    return {name: values[1:] for name, values in in_rounds(variants, rounds + 1).items()}
 
 
 def _cold(ours: Running, key: str, cold: list[str], alone: Alone) -> list[Measure]:

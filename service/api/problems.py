@@ -54,6 +54,7 @@ STATUS: dict[type[AppError], int] = {
     errors.OutOfMemory: 503,
     errors.RoundTripFailed: 500,
     errors.ModelDamaged: 500,
+    errors.EngineFailed: 500,
     errors.DeadlinePassed: 504,
     errors.LowDisk: 507,
 }

@@ -188,6 +188,12 @@ class EngineUnavailable(AppError):
     code = "engine_unavailable"
 
 
+class EngineFailed(AppError):
+    """The engine failed on a call's texts, and would again."""
+
+    code = "engine_failed"
+
+
 class BaseLoading(AppError):
     """The model's base is being loaded."""
 

@@ -21,6 +21,7 @@ from service.core.errors import (
     BaseLoading,
     BaseNotServed,
     DeadlinePassed,
+    EngineFailed,
     EngineUnavailable,
     InvalidData,
     ModelDamaged,
@@ -32,7 +33,7 @@ from service.inference.wire import Figures, ServedModel
 
 _ERRORS: dict[str, type[AppError]] = {
     BaseLoading.code: BaseLoading, BaseNotServed.code: BaseNotServed, InvalidData.code: ModelDamaged,
-    QueueFull.code: QueueFull,
+    QueueFull.code: QueueFull, EngineUnavailable.code: EngineUnavailable,
 }  # fmt: skip
 _SECONDS_BETWEEN_STARTS = 1.0
 # The engine counts tokens once it has read a text. Before, characters are bounded, so that memory is: far above what a
@@ -126,6 +127,7 @@ class EngineHandle:
         Raises:
             EngineUnavailable, BaseLoading, BaseNotServed, QueueFull, DeadlinePassed: as their names say.
             ModelDamaged: the model's files are not the published ones.
+            EngineFailed: on these texts, and it would again.
         """
         process, size = self._process, sum(map(len, texts))
         if process is None or process.returncode is not None or process.stdin is None or self.figures is None:
@@ -196,7 +198,7 @@ class EngineHandle:
 def _scores(message: dict[str, Any]) -> Scores:
     if "error" in message:
         error = message["error"]
-        kind = _ERRORS.get(error["code"], EngineUnavailable)
+        kind = _ERRORS.get(error["code"], EngineFailed)
         raise kind(error["detail"], retry_after_seconds=error["retry_after_seconds"])
     probabilities = np.frombuffer(message["raw"]).reshape(-1, len(message["labels"]))
     return Scores(tuple(message["labels"]), probabilities, message["truncated"], message["tokens"])

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from service.core import logs
-from service.core.errors import AppError, QueueFull
+from service.core.errors import AppError, EngineFailed, EngineUnavailable, QueueFull
 from service.inference import wire
 from service.inference.adapters import Adapters
 from service.inference.bases import Bases, Limits
@@ -118,14 +118,19 @@ class EngineProcess:
             while True:
                 with self._lock:
                     self._texts_wait.wait_for(lambda: self._texts)
-                    taken = self._texts.take(_CHARS_AT_ONCE)
-                for call, rows in _by_call(taken).items():
-                    try:
-                        self._tokenize(call, rows)
-                    except Exception as error:  # noqa: BLE001 -- one call's trouble must not be another's
-                        self._fail(call, error)
+                self._tokenize_a_turn()
         finally:
             self._close()
+
+    def _tokenize_a_turn(self) -> None:
+        """Like `_score_a_turn`, holds nothing of its calls when it is done: room for adapters may wait for that."""
+        with self._lock:
+            taken = self._texts.take(_CHARS_AT_ONCE)
+        for call, rows in _by_call(taken).items():
+            try:
+                self._tokenize(call, rows)
+            except Exception as error:  # noqa: BLE001 -- one call's trouble must not be another's
+                self._fail(call, error)
 
     def score(self) -> None:
         """Scores token ids, the calls in turns."""
@@ -133,10 +138,9 @@ class EngineProcess:
             self._tell()
             with self._lock:
                 self._rows_wait.wait_for(lambda: self._rows or self._closed, _SECONDS_BETWEEN_FIGURES)
-            self._take_a_turn()
+            self._score_a_turn()
 
-    def _take_a_turn(self) -> None:
-        """Scores one batch of what waits; when it is done, nothing of its calls is held here."""
+    def _score_a_turn(self) -> None:
         with self._lock:
             taken = self._rows.take(self._budget)
         start = time.monotonic()
@@ -267,7 +271,12 @@ class EngineProcess:
         if not isinstance(error, AppError):
             with logs.bound(request_id=call.request_id):
                 log.error("a prediction failed", exc_info=error)
-        told = error if isinstance(error, AppError) else AppError("The engine failed on this call.")
+        if isinstance(error, AppError):
+            told = error
+        elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+            told = EngineUnavailable("The engine has no memory left for this call. Send fewer texts, or ask later.")
+        else:
+            told = EngineFailed("The engine failed on this call; its log says why.")
         if self._forget(call.number):
             body = {"code": told.code, "detail": told.detail, "retry_after_seconds": told.retry_after_seconds}
             self._send([wire.pack({"number": call.number, "error": body})])

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from service.core.errors import EngineUnavailable, QueueFull
+from service.core.errors import EngineFailed, EngineUnavailable, QueueFull
 from service.core.settings import Settings
 from service.inference import wire
 from service.inference.handle import EngineHandle
@@ -129,6 +129,19 @@ def test_an_answer_that_came_is_not_dropped_after() -> None:
         return pipe
 
     assert kinds(asyncio.run(main())) == [("predict", 0)]
+
+
+def test_texts_that_the_engine_fails_on_are_500_and_not_asked_for_again() -> None:
+    async def main() -> None:
+        engine, _pipe = handle()
+        call = asyncio.create_task(engine.predict(MODEL, ["a"]))
+        await asyncio.sleep(0)
+        error = {"code": "engine_failed", "detail": "The engine failed on this call.", "retry_after_seconds": None}
+        engine._open[0].set_result({"number": 0, "error": error})
+        with pytest.raises(EngineFailed):
+            await call
+
+    asyncio.run(main())
 
 
 def test_characters_that_wait_are_bounded_and_one_call_is_always_taken() -> None:

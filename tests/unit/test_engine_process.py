@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Gate:
         self.batches: list[list[tuple[str, int]]] = []
         self.open = threading.Semaphore(0)
         self.breaks: Callable[[Sequence[Any]], bool] = lambda _adapters: False
+        self.error: Exception = RuntimeError("the forward broke")
 
     def attach(self, adapter: Any) -> None:
         pass
@@ -40,7 +42,7 @@ class Gate:
         self.batches.append([(adapter.name, len(row)) for row, adapter in zip(ids, adapters, strict=True)])
         assert self.open.acquire(timeout=20)
         if self.breaks(adapters):
-            raise RuntimeError("the forward broke")
+            raise self.error
         on_batch(len(ids), len(ids))
         return [np.array([len(row), 0.0], dtype=np.float32) for row in ids]
 
@@ -63,6 +65,7 @@ class World:
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
     loads: dict[str, list[Future[Any]]] = field(default_factory=dict)
     by_hand: set[str] = field(default_factory=set)
+    bases: dict[str, Gate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         encoded = lambda _tokenizer, texts, most: SimpleNamespace(  # noqa: E731
@@ -72,7 +75,10 @@ class World:
         self.monkeypatch.setattr(process, "TOKEN_BUDGET", {"cpu": BUDGET})
         asked, self._ask = os.pipe()
         told, tells = os.pipe()
-        bases = SimpleNamespace(device=torch.device("cpu"), engine=lambda _key: self.engine, tell=lambda _figures: None)
+        bases = SimpleNamespace(
+            device=torch.device("cpu"), engine=lambda key: self.bases[key[0]], tell=lambda _figures: None
+        )  # fmt: skip
+        self.bases["tiny"] = self.engine
         adapters = SimpleNamespace(get=self._adapter)
         self._out = os.fdopen(told, "rb")
         self.process = EngineProcess(
@@ -86,8 +92,9 @@ class World:
         for thread in self.threads:
             thread.start()
 
-    def ask(self, number: int, texts: Sequence[str], model: str = "m", **more: Any) -> None:
-        message = {"type": "predict", "number": number, "model": MODEL | {"id": model}, "texts": texts} | more
+    def ask(self, number: int, texts: Sequence[str], model: str = "m", base: str = "tiny", **more: Any) -> None:
+        asked = MODEL | {"id": model, "base_model": base}
+        message = {"type": "predict", "number": number, "model": asked, "texts": texts} | more
         os.write(self._ask, wire.pack(message))
 
     def drop(self, number: int) -> None:
@@ -183,8 +190,48 @@ def test_a_batch_that_fails_answers_every_caller_and_only_the_broken_call_with_a
         world.ask(number, ["x" * number], model)
     world.waits(6)
     world.let(5)  # the first; the three together; each alone
-    assert world.answer(2)["error"]["code"] == "internal"
+    assert world.answer(2)["error"]["code"] == "engine_failed"
     assert [lengths(world.answer(number)) for number in (1, 3)] == [[1], [3]]
+
+
+def test_a_call_for_which_no_memory_is_left_may_ask_again_later(world: World) -> None:
+    world.engine.breaks, world.engine.error = lambda _adapters: True, torch.OutOfMemoryError("13 GiB")
+    world.ask(1, ["first"])
+    world.let(2)
+    assert world.answer(1)["error"]["code"] == "engine_unavailable"
+    world.engine.breaks = lambda _adapters: False
+    world.ask(2, ["again"])
+    world.let(1)
+    assert lengths(world.answer(2)) == [5]
+
+
+def test_calls_of_two_bases_that_wait_together_are_scored_each_on_its_own(world: World) -> None:
+    other = world.bases["another"] = Gate()
+    world.ask(0, ["first"])
+    world.scoring(1)
+    for number, base in ((1, "tiny"), (2, "another"), (3, "tiny")):
+        world.ask(number, ["x" * number], base=base)
+    world.waits(6)
+    world.let(2)
+    other.open.release()
+    assert [lengths(world.answer(number)) for number in (1, 2, 3)] == [[1], [2], [3]]
+    assert world.engine.batches[1:] == [[("m", 1), ("m", 3)]]
+    assert other.batches == [[("m", 2)]]
+
+
+def test_when_a_turn_is_over_nothing_of_its_calls_is_held(world: World) -> None:
+    """Or the adapter cache would wait for room that nobody gives."""
+    gone = threading.Event()
+    world.by_hand = {"large"}
+    world.ask(1, ["aa"], "large")
+    until(lambda: world.loads.get("large"), 20, "it is asked for")
+    adapter = Adapter("large")
+    weakref.finalize(adapter, gone.set)
+    world.loads["large"].pop().set_result(adapter)
+    del adapter
+    world.let(1)
+    world.answer(1)
+    assert gone.wait(20)
 
 
 def test_a_call_that_is_dropped_costs_no_more_batches_and_is_not_answered(world: World) -> None:
