@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Route, expect
 from sklearn.metrics import confusion_matrix
 from statsmodels.stats.proportion import proportion_confint
 
@@ -94,13 +94,18 @@ def tab(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens a page whose complaints must be none but those said to be expected."""
     contexts: list[BrowserContext] = []
     complaints: list[str] = []
-    expected = ["429"]  # a preflight while another page's is under way
+    expected: list[str] = []
+
+    def complain(said: ConsoleMessage) -> None:
+        busy = "429" in said.text and "/preflight?" in said.location["url"]  # another page's is under way
+        # Chromium's advice on forms with a password comes as "verbose".
+        if said.type in ("error", "warning") and not busy:
+            complaints.append(said.text)
 
     def opened(expect_complaint: str = "", **given: Any) -> Page:
         contexts.append(browser.new_context(**{"viewport": {"width": 1200, "height": 900}} | given))
         page = contexts[-1].new_page()
-        # Chromium's advice on forms with a password comes as "verbose".
-        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("console", complain)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: complaints.append(dialog.message))
         if expect_complaint:
@@ -242,12 +247,14 @@ def test_flips_are_found_by_comparison_label_and_side_page_by_page(site: Site, t
     expect(main.get_by_role("heading", name="Rows that changed sides")).to_be_focused()
     expect(main.get_by_role("combobox", name="Comparison")).to_have_value(str(at))
     main.get_by_label("Which").select_option("fixed")
-    rows = main.get_by_role("region", name="LoRA fine-tuning against Always").locator("tbody tr")
+    shown = main.get_by_role("region", name="LoRA fine-tuning against Always")
+    rows = shown.locator("tbody tr")
     found: list[str] = []
     fixed = [f["row_id"] for f in flips if f["flip"] == "fixed"]
     assert len(fixed) > 50
     for number in range(1, -(-len(fixed) // 25) + 1):
         expect(main.get_by_text(f"Page {number}", exact=True)).to_be_visible()
+        expect(shown.locator("table")).to_have_attribute("aria-busy", "false")
         expect(rows.first.locator("th")).to_have_text(fixed[len(found)])
         found += rows.locator("th").all_inner_texts()
         if number * 25 < len(fixed):
@@ -298,7 +305,7 @@ def test_a_job_that_predicts_shows_how_many_rows_got_each_label_and_its_file(
     db, model_id = site.context.db, site.jobs["whole"].model_ids["lora"]
     summary = {
         "headline": "990 of 1,000 rows labelled; 10 without a text.", "model_id": model_id, "n_rows": 1000,
-        "labels": [{"label": "<b>refund", "count": 900}, {"label": "fee", "count": 90}], "rows_per_second": 123.4,
+        "labels": [{"label": "<b>refund", "count": 900}, {"label": "fee", "count": 90}], "rows_per_second": 0.314,
     }  # fmt: skip
     with db.write() as session:
         job = jobs.submit(
@@ -315,6 +322,7 @@ def test_a_job_that_predicts_shows_how_many_rows_got_each_label_and_its_file(
     )
     jobs.publish(db, lease, [artifact], [], summary, START, GRACE)
     expect(page.get_by_role("heading", name="990 of 1,000 rows labelled")).to_be_visible()
+    expect(page.get_by_text("0.31 rows a second")).to_be_visible()
     rows = page.get_by_role("region", name="Rows by label").get_by_role("row")
     assert rows.all_inner_texts() == ["Label\tRows\tShare", "<b>refund\t900\t90.0\xa0%", "fee\t90\t9.0\xa0%"]
     with page.expect_download() as downloaded:
@@ -363,6 +371,47 @@ def test_one_method_looks_the_same_in_every_chart_and_is_chosen_first(site: Site
     looks = {name: {look for other, look in drawn if other == name} for name, _ in drawn}
     assert {len(found) for found in looks.values()} == {1}
     assert len(set.union(*looks.values())) == len(looks)
+    rungs = main.get_by_role("img", name="Accuracy of every method").locator("g:has(path)")
+    read = "node => [node.querySelector('text').textContent, node.querySelector('path:last-child').getAttribute('d')]"
+    marks = {said.split(":")[0]: mark for said, mark in (rung.evaluate(read) for rung in rungs.all())}
+    assert len(marks) == len(set(marks.values())) == len(METHODS)
+    keyed = {name: look for name, (look,) in looks.items() if name in marks}
+    assert len(keyed) == 3  # the trained ones; a line for a prompt has no marks
+    assert all(f'd="{marks[name]}"' in look for name, look in keyed.items())
+
+
+def test_a_wide_table_shows_that_there_is_more_and_where_the_keyboard_is(site: Site, tab: Callable[..., Page]) -> None:
+    page = tab(viewport={"width": 360, "height": 800})
+    main = show(page, site, "whole")
+    table = main.get_by_role("region", name="Methods", exact=True)
+    expect(table).to_have_class(re.compile(r"\bmore\b"))
+    assert table.evaluate("node => getComputedStyle(node).boxShadow") != "none"
+    table.scroll_into_view_if_needed()
+    place = table.bounding_box()
+    beside = {"x": place["x"] - 4, "y": place["y"] + 20, "width": 4, "height": 20}  # type: ignore[index]
+    before = page.screenshot(clip=beside)  # type: ignore[arg-type]
+    main.get_by_role("link", name="stand below").focus()
+    page.keyboard.press("Tab")
+    expect(table).to_be_focused()
+    assert table.bounding_box() == place
+    assert page.screenshot(clip=beside) != before  # type: ignore[arg-type]
+
+
+def test_a_method_that_is_not_known_here_has_a_mark_of_its_own(site: Site, tab: Callable[..., Page]) -> None:
+    page = tab()
+    page.goto(f"{site.url}/ui/#/nowhere")
+    drawn = page.evaluate(
+        """async () => {
+            const [{ render }, { html }, { Mark, ofMethod }] = await Promise.all(
+                ["/ui/vendor/preact.js", "/ui/ui.js", "/ui/charts.js"].map((file) => import(file)));
+            const svg = document.createElement("svg");
+            const one = (name) => html`<${Mark} ...${ofMethod(name)} x="0" y="0" />`;
+            render(["majority", "lora", "newer"].map(one), svg);
+            return [ofMethod("newer").name, ...[...svg.querySelectorAll("path")].map((path) => path.getAttribute("d"))];
+        }"""
+    )
+    assert drawn[0] == "newer"
+    assert len({*drawn} - {None, "undefined"}) == 4
 
 
 def test_without_a_prompt_there_are_no_columns_that_would_be_empty(site: Site, tab: Callable[..., Page]) -> None:
@@ -523,7 +572,7 @@ def test_a_refusal_is_said_once_and_other_labels_are_said_before_and_after(
     assert said.startswith("An alias begins with")
     page.get_by_label("Alias", exact=True).fill("swapped")
     differ = page.get_by_text("These models have different labels: 0 only in this one, 3 only in tickets, version")
-    expect(differ).to_be_visible()
+    expect(differ).to_contain_text("Programs that call the alias will meet fewer labels than before.")
     with page.expect_response("**/aliases/swapped"):
         page.get_by_role("button", name="Promote", exact=True).click()
     expect(page.get_by_text("swapped points to this model now.")).to_be_visible()
@@ -563,6 +612,25 @@ def test_where_the_look_beforehand_fails_the_refusal_itself_shows_the_figures(
     expect(page.get_by_role("alert")).to_contain_text("is shown to be worse than")
     expect(page.get_by_role("button", name="Promote all the same")).to_be_visible()
     assert pointed(site, "blind") == good
+
+
+def test_an_alias_that_cannot_be_compared_has_nothing_of_the_one_typed_before(
+    site: Site, tab: Callable[..., Page]
+) -> None:
+    good, bad = (site.jobs[name].model_ids["lora"] for name in ("whole", "worse"))
+    for alias in ("told", "untold"):
+        httpx.put(f"{site.url}/aliases/{alias}", json={"model_id": good}).raise_for_status()
+    page = tab("503")
+    unable = {"status": 503, "json": {"detail": "Not now.", "code": "queue_full"}}
+    page.route("**/aliases/untold/gate?*", lambda route: route.fulfill(**unable))  # type: ignore[arg-type]
+    page.goto(f"{site.url}/ui/#/model/{bad}")
+    page.get_by_label("Alias", exact=True).fill("told")
+    forced = page.get_by_role("button", name="Promote all the same")
+    expect(forced).to_be_visible()
+    page.get_by_label("Alias", exact=True).fill("untold")
+    expect(page.get_by_text("They could not be compared beforehand")).to_be_visible()
+    expect(page.get_by_role("button", name="Promote", exact=True)).to_be_enabled()
+    expect(forced).to_have_count(0)
 
 
 def test_a_model_without_alias_can_be_deleted(site: Site, tab: Callable[..., Page], tmp_path: Path) -> None:

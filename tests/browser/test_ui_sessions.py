@@ -36,12 +36,29 @@ def test_a_session_that_ends_takes_nothing_from_the_page_and_a_dialog_gives_the_
     expect(heading).to_be_visible()
     sign_in(page, KEY)
     expect(heading).to_have_count(0)
+    expect(page.get_by_role("alert")).to_have_count(0)
     expect(name).to_have_value("shop")
     page.get_by_role("button", name="Make the key").click()
     revoke = page.get_by_role("button", name="Revoke shop")
     revoke.click()
     page.get_by_role("button", name="Keep").click()
     expect(revoke).to_be_focused()
+    page.close()
+
+
+def test_a_file_dropped_as_the_session_ends_is_read_after_the_sign_in(browser: Browser, url: str) -> None:
+    page = browser.new_page()
+    page.goto(f"{url}/ui/")
+    sign_in(page, KEY)
+    expect(page.get_by_role("navigation", name="Pages")).to_be_visible()
+    page.context.clear_cookies()
+    rows = "".join(f"words {i},{'ab'[i % 2]}\n" for i in range(60)).encode()
+    file = {"name": "late.csv", "mimeType": "text/csv", "buffer": b"text,label\n" + rows}
+    page.get_by_label("Choose a file").set_input_files(file)  # type: ignore[arg-type]
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    sign_in(page, KEY)
+    expect(page.get_by_role("heading", name="late")).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
     page.close()
 
 
@@ -52,6 +69,7 @@ def test_what_was_refused_as_the_session_ended_is_asked_for_again_after_the_sign
     page = browser.new_page()
     page.goto(f"{url}/ui/#/keys")
     sign_in(page, KEY)
+    expect(page.get_by_role("heading", name="All keys")).to_be_visible()  # or its own call would end the session
     for link, address in (("Models", "models"), ("Datasets", "datasets"), (None, f"job/{job['id']}")):
         expect(page.get_by_role("navigation", name="Pages")).to_be_visible()
         page.context.clear_cookies()

@@ -197,7 +197,9 @@ def test_what_leaks_across_the_split_and_what_is_not_at_hand_is_said_above_the_b
     expect(leak).to_be_visible(timeout=LONG)
     begin = page.get_by_role("button", name="Compare prompting and fine-tuning")
     assert leak.bounding_box()["y"] < begin.bounding_box()["y"]
-    expect(page.get_by_text("prompting will not be tested")).to_be_visible()
+    notice = page.get_by_text("prompting will not be tested").locator("..")
+    expect(notice).to_contain_text("choose tiny-qwen3 or")  # the operator's own, which no command could fetch
+    expect(notice).not_to_contain_text("models pull")
     page.get_by_text("Options", exact=True).click()
     expect(page.get_by_label("Prompt model").locator("option")).to_contain_text(["auto", "not at hand"])
 
@@ -206,6 +208,136 @@ def test_rows_of_rare_labels_are_dropped_at_a_click(page):
     drop(page, tickets(30) + "alone,rare,team 0\n")
     page.get_by_role("button", name="Drop those rows and go on").click()
     expect(page.get_by_text("Rows of rare labels are left out.")).to_be_visible()
+
+
+def test_labels_and_columns_stand_to_the_letter_in_what_is_refused(page):
+    rows = "".join(f"words {i} here,{('a', '__proto__')[i % 2]},x\n" for i in range(24))
+    rare = ("pass", "-1", "a`b`", "few_shot", "5 %", "Pass on")
+    drop(page, "text,label,pass\n" + rows + "".join(f"more {i},{label},x\n" for i, label in enumerate(rare)))
+    said = page.get_by_role("alert")
+    expect(said).to_be_visible()
+    assert ": pass (1), -1 (1), a`b` (1), few_shot (1), 5 % (1), Pass on (1). Add rows, or leave" in said.inner_text()
+    page.get_by_label("Column of the labels").select_option("pass")
+    expect(said).to_contain_text("in column pass, found 1. Choose another “Column of the labels”.")
+    page.get_by_label("Column of the labels").select_option("label")
+    page.get_by_role("button", name="Drop those rows and go on").click()
+    page.get_by_text("Options", exact=True).click()
+    page.get_by_text("What the labels mean").click()
+    expect(page.get_by_label("__proto__")).to_have_value("")
+
+
+def test_what_was_set_for_the_job_outlives_another_reading_of_the_file(service, page):
+    drop(page, tickets())
+    expect(page.get_by_role("heading", name="tickets")).to_be_focused()
+    page.get_by_text("Options", exact=True).click()
+    page.get_by_label("Seed").fill("7")
+    page.get_by_text("What the labels mean").click()
+    page.get_by_label(labelled_texts(1)[1][0], exact=True).fill("what it means")
+    page.get_by_label("Column of the labels").select_option("team")
+    expect(page.get_by_role("region", name="First rows").get_by_role("columnheader", name="Label team")).to_be_visible()
+    expect(page.get_by_label("Seed")).to_be_visible()
+    expect(page.get_by_label("Seed")).to_have_value("7")
+    expect(page.get_by_label("team 0", exact=True)).to_have_value("")
+    held = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/jobs", hold)
+    page.get_by_role("button", name="Compare prompting and fine-tuning").click()
+    expect(page.get_by_label("Column of the labels")).to_be_disabled()  # or the job would be on another column
+    expect(page.get_by_role("button", name="Compare prompting and fine-tuning")).to_be_disabled()
+    assert held[0].request.post_data_json.keys() == {"dataset_id", "seed"}
+    held[0].abort()
+    expect(page.get_by_label("Column of the labels")).to_be_enabled()
+
+
+def test_rare_labels_that_may_go_are_those_of_one_column(page):
+    texts = "".join(f"words {i} here,{'ab'[i % 2]},{'cd'[i % 2]}\n" for i in range(30))
+    drop(page, "text,label,other\n" + texts + "rare one,alone,alone too\n")
+    page.get_by_role("button", name="Drop those rows and go on").click()
+    expect(page.get_by_text("Rows of rare labels are left out.")).to_be_visible()
+    page.get_by_label("Column of the labels").select_option("other")
+    expect(page.get_by_role("alert")).to_contain_text("alone too (1)")
+
+
+def test_figures_of_other_values_do_not_stand_for_those_asked_now(page):
+    parcels = [f"my parcel number {i // 4} did not come this week, where is it{'!' * (i % 4)}" for i in range(80)]
+    drop(page, "text,label\n" + "".join(f'"{text}",{"ab"[i % 2]}\n' for i, text in enumerate(parcels)))
+    leak = page.get_by_text("almost the text of a row in another part")
+    expect(leak).to_be_visible(timeout=LONG)
+    figures = page.get_by_role("table", name=re.compile("^Time it takes"))
+    expect(figures).to_be_visible()
+    held = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/preflight?*max_length=64", hold)
+    page.get_by_text("Options", exact=True).click()
+    page.get_by_label("Longest text, in tokens").fill("64")
+    expect(page.get_by_text("Not known yet.")).to_be_visible()
+    expect(figures).to_have_count(0)
+    expect(leak).to_have_count(0)
+    until(lambda: page.wait_for_timeout(50) or held, 20, "the new values are asked about")
+    held[0].fulfill(status=503, json={"detail": "Not now.", "code": "queue_full"})
+    expect(page.get_by_role("alert")).to_contain_text("Not now.")
+    expect(page.get_by_text("Not known yet.")).to_have_count(0)
+    expect(figures).to_have_count(0)
+    expect(leak).to_have_count(0)
+
+
+def test_a_new_choice_ends_the_upload_of_the_one_before_and_a_stop_leaves_the_file(page):
+    rows = "".join(f"words {i} here,open,{'pq'[i % 2]},{'xyz'[i % 3]}\n" for i in range(30))
+    drop(page, "text,label,a,b\n" + rows)
+    labels = page.get_by_label("Column of the labels")
+    expect(page.get_by_role("alert")).to_contain_text("column label, found 1")
+
+    def hold(route: Route) -> None:
+        pass
+
+    page.route("**/datasets", hold)
+    with page.expect_request("**/datasets"):
+        labels.select_option("a")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("tickets.csv")).to_be_visible()
+    with page.expect_request("**/datasets"):
+        page.get_by_role("button", name="Send it again").click()
+    page.unroute("**/datasets")
+    with page.expect_event("requestfailed"):
+        labels.select_option("b")
+    preview = page.get_by_role("region", name="First rows")
+    expect(preview.get_by_role("columnheader", name="Label b")).to_be_visible()
+
+
+def test_a_dataset_with_jobs_stays_when_its_file_is_read_another_way(service, page):
+    drop(page, tickets())
+    expect(page.get_by_role("heading", name="tickets")).to_be_focused()
+    kept = service.items("/datasets")[0]["id"]
+    job = httpx.post(f"{service.url}/jobs", content=json.dumps({"dataset_id": kept})).json()["id"]
+    httpx.post(f"{service.url}/jobs/{job}/cancel").raise_for_status()
+    ended = lambda: httpx.get(f"{service.url}/jobs/{job}").json()["status"] == "cancelled"  # noqa: E731
+    until(ended, 60, "the job is cancelled")
+    with page.expect_response(lambda answer: f"dataset_id={kept}" in answer.url):
+        page.get_by_label("Column of the labels").select_option("team")
+    expect(page.get_by_role("button", name="Compare prompting and fine-tuning")).to_be_enabled()
+    assert kept in [found["id"] for found in service.items("/datasets")]
+
+
+def test_whether_a_prompt_will_run_is_said_with_what_to_do_about_it(page):
+    lacking = {"name": "qwen3-0.6b", "max_length": 32768, "generative": True, "at_hand": False}
+    known = {"data": [lacking], "has_more": False, "auto_prompt_model": None, "prompt_endpoints": ["remote:here"]}
+    page.route("**/base-models", lambda route: route.fulfill(json=known))
+    drop(page, tickets())
+    notice = page.get_by_text("prompting will not be tested").locator("..")
+    expect(notice).to_contain_text("unless the worker has a GPU and can fetch qwen3-0.6b")
+    expect(notice).to_contain_text("run tuneproof models pull qwen3-0.6b on the worker's machine")
+    expect(page.get_by_role("table", name=re.compile("^Time it takes"))).to_be_visible(timeout=LONG)
+    assert page.get_by_text("Zero-shot prompting").count() == 0
+    page.get_by_text("Options", exact=True).click()
+    page.get_by_label("Prompt model").select_option("remote:here")
+    expect(notice).to_have_count(0)
+    expect(page.get_by_text("Not known here yet: Zero-shot prompting.")).to_be_visible()
 
 
 def test_a_file_is_chosen_by_keyboard_and_an_upload_can_be_stopped(page):

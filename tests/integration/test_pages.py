@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import service.web
+from worker.compare import PLAIN_NAMES
 
 STATIC = Path(service.web.__file__).parent / "static"
 OURS = sorted(
@@ -54,3 +55,9 @@ def test_nothing_comes_from_elsewhere_and_no_text_becomes_markup(file):
 def test_every_import_names_a_file_that_is_there(file):
     named = re.findall(r"""(?:from|import)\s*\(?\s*["'](\.[^"'`]+)["']""", file.read_text(encoding="utf-8"))
     assert all((file.parent / name).is_file() for name in named)
+
+
+def test_methods_have_the_workers_names_and_order():
+    listed = re.search(r"METHODS = \{(.*?)\n\};", (STATIC / "figures.js").read_text(encoding="utf-8"), re.DOTALL)
+    named = re.findall(r'(\w+): "(.+)",', listed[1])
+    assert [(slug, name.lower()) for slug, name in named] == [(s, name.lower()) for s, name in PLAIN_NAMES.items()]

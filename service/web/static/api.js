@@ -55,6 +55,7 @@ function refused(status, data, retryAfter) {
  */
 export function upload(path, form, { onProgress, signal, key }) {
   return new Promise((done, fail) => {
+    signal.throwIfAborted();
     const request = new XMLHttpRequest();
     request.open("POST", url(path));
     request.responseType = "json";
@@ -87,6 +88,7 @@ export async function all(path, query = {}, most = 2000) {
 /** Waits; aborted, it throws as an aborted `fetch` does. */
 export const pause = (seconds, signal) =>
   new Promise((done, stop) => {
+    signal.throwIfAborted();
     const timer = setTimeout(done, 1000 * seconds);
     signal.addEventListener("abort", () => {
       clearTimeout(timer);

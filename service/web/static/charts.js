@@ -1,14 +1,15 @@
 // Small charts: SVG drawn at the width there is, so that letters keep their size. Series differ by mark and dash, never
 // by colour alone; a table beside each chart says the same.
-import { html, METHODS, percent, useEffect, useRef, useState } from "./ui.js";
+import { METHODS, ORDER } from "./figures.js";
+import { html, percent, useEffect, useRef, useState } from "./ui.js";
 
 const MOST_WIDTH = 768;
-const DASHES = ["", "7 3", "2 3", "7 3 2 3", "10 2", "4 4", "1 5"];
-// One for each method, so that it looks the same in every chart.
-const SHAPES = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z", "M-4-4h8v8h-8Z", "M0-5l5 9h-10Z", "M0-5.5l5.5 5.5-5.5 5.5-5.5-5.5Z", "M0 5l5-9h-10Z", "M-5 0h10M0-5v10", "M-5 0l2.5-4.4h5l2.5 4.4-2.5 4.4h-5Z"];
-export const markOf = (method) => Object.keys(METHODS).indexOf(method);
+const DASHES = ["", "7 3", "2 3", "7 3 2 3", "10 2", "4 4", "1 5", "12 4 1 4"];
+// One for each method, so that it looks the same in every chart; the last for one that is not known here.
+const SHAPES = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z", "M-4-4h8v8h-8Z", "M0-5l5 9h-10Z", "M0-5.5l5.5 5.5-5.5 5.5-5.5-5.5Z", "M0 5l5-9h-10Z", "M-5 0h10M0-5v10", "M-5 0l2.5-4.4h5l2.5 4.4-2.5 4.4h-5Z", "M-5-5l10 10M5-5l-10 10"];
+export const markOf = (method) => ORDER.indexOf(method);
 /** What a series of `Lines` has of its method; the recommended one is drawn in the accent. */
-export const ofMethod = (method, recommended) => ({ name: METHODS[method], at: markOf(method), chosen: method === recommended });
+export const ofMethod = (method, recommended) => ({ name: METHODS[method] ?? method, at: markOf(method), chosen: method === recommended });
 
 /** One picture. `draw(width)` gives its content, in pixels; `label` is what is said in its place. */
 export function Chart({ label, height, draw, children }) {
@@ -43,11 +44,11 @@ export function shareTicks(values) {
 }
 
 export const Mark = ({ at, x, y, colour, hollow }) =>
-  html`<path d=${SHAPES[at % SHAPES.length]} transform=${`translate(${x} ${y})`} fill=${hollow ? "var(--paper)" : colour} stroke=${colour} stroke-width="1.5" />`;
+  html`<path d=${SHAPES.at(at % SHAPES.length)} transform=${`translate(${x} ${y})`} fill=${hollow ? "var(--paper)" : colour} stroke=${colour} stroke-width="1.5" />`;
 
 const Key = ({ at, colour, level }) =>
   html`<svg class="key" viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">
-    <path d="M0 6h34" stroke=${colour} stroke-width="2" stroke-dasharray=${DASHES[at % DASHES.length]} />${!level && html`<${Mark} at=${at} x="17" y="6" colour=${colour} />`}
+    <path d="M0 6h34" stroke=${colour} stroke-width="2" stroke-dasharray=${DASHES.at(at % DASHES.length)} />${!level && html`<${Mark} at=${at} x="17" y="6" colour=${colour} />`}
   </svg>`;
 
 /**
@@ -73,7 +74,7 @@ export function Lines({ label, series, x, yTitle, height = 320, also }) {
       })}
       <text x=${(52 + width - 22) / 2} y=${height - 4} text-anchor="middle" class="soft">${x.title}</text>
       ${shown.map((one) => html`<g>
-        <path d=${one.points.map(([px, py], i) => `${i ? "L" : "M"}${toX(px).toFixed(1)} ${toY(py).toFixed(1)}`).join("")} fill="none" stroke=${one.colour} stroke-width="2" stroke-dasharray=${DASHES[one.at % DASHES.length]} />
+        <path d=${one.points.map(([px, py], i) => `${i ? "L" : "M"}${toX(px).toFixed(1)} ${toY(py).toFixed(1)}`).join("")} fill="none" stroke=${one.colour} stroke-width="2" stroke-dasharray=${DASHES.at(one.at % DASHES.length)} />
         ${!one.level && one.points.map(([px, py]) => html`<${Mark} at=${one.at} x=${toX(px)} y=${toY(py)} colour=${one.colour} />`)}
       </g>`)}
       ${also?.(toX, toY)}`;

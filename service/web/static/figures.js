@@ -1,6 +1,16 @@
 // What metrics.json says, put the way people ask for it. Pure: no page, no request.
 
-export const ORDER = ["majority", "tfidf_logreg", "embedding_logreg", "zero_shot_similarity", "zero_shot_prompt", "few_shot_prompt", "lora"];
+/** As the report names them, in the order of what they take; a test holds both to the worker's. */
+export const METHODS = {
+  majority: "Always answering the most common label",
+  tfidf_logreg: "TF-IDF with logistic regression",
+  embedding_logreg: "Embeddings with logistic regression",
+  zero_shot_similarity: "Similarity to the label names",
+  zero_shot_prompt: "Zero-shot prompting",
+  few_shot_prompt: "Few-shot prompting",
+  lora: "LoRA fine-tuning",
+};
+export const ORDER = Object.keys(METHODS);
 export const PARTS = { test: "test rows", baseline_subset: "baseline subset" };
 const Z95 = 1.959963984540054;
 

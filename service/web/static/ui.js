@@ -4,20 +4,10 @@ import { useCallback, useEffect, useId, useRef, useState } from "./vendor/hooks.
 import htm from "./vendor/htm.js";
 import { get } from "./api.js";
 
+export { METHODS } from "./figures.js";
 export { Fragment } from "./vendor/preact.js";
 export { useEffect, useId, useMemo, useRef, useState } from "./vendor/hooks.js";
 export const html = htm.bind(h);
-
-/** As the report names them, in the order of what they take. */
-export const METHODS = {
-  majority: "Always answering the most common label",
-  tfidf_logreg: "TF-IDF with logistic regression",
-  embedding_logreg: "Embeddings with logistic regression",
-  zero_shot_similarity: "Similarity to the label names",
-  zero_shot_prompt: "Zero-shot prompting",
-  few_shot_prompt: "Few-shot prompting",
-  lora: "LoRA fine-tuning",
-};
 
 export const number = (value) => (value == null ? "–" : value.toLocaleString("en"));
 export const percent = (share, digits = 1) => (share == null ? "–" : `${(100 * share).toFixed(digits)}\u00a0%`);
@@ -36,20 +26,21 @@ export const duration = (seconds) => {
 
 /** `load` is called at first and whenever a value of `inputs` changes; an answer that came too late is dropped. */
 export function useLoad(load, inputs = []) {
-  const [state, setState] = useState({ data: null, error: null, loading: true });
+  const [state, setState] = useState({ data: null, error: null, loading: true, of: inputs });
   const [round, setRound] = useState(0);
   useEffect(() => {
     const control = new AbortController();
-    setState((before) => ({ ...before, loading: true }));
+    setState((before) => ({ ...before, loading: true, of: inputs }));
     load(control.signal).then(
-      (data) => control.signal.aborted || setState({ data, error: null, loading: false }),
+      (data) => control.signal.aborted || setState({ data, error: null, loading: false, of: inputs }),
       (error) => control.signal.aborted || setState((before) => ({ ...before, error, loading: false })),
     );
     return () => control.abort();
   }, [...inputs, round]);
   const reload = useCallback(() => setRound((n) => n + 1), []);
   useSignedIn(state.error, reload);
-  return { ...state, reload };
+  // The page is drawn once before the effect runs: what is there then is of the inputs before.
+  return { ...state, loading: state.loading || inputs.some((one, i) => one !== state.of[i]), reload };
 }
 
 /** Calls `again` as it was when `error` came, once somebody has signed in, where the error is that nobody was. */
@@ -92,31 +83,31 @@ export function useEvery(seconds, look, active = true) {
   }, [seconds, active]);
 }
 
-/** Runs one action at a time: `[run, busy, error]`; what it threw is kept for `Trouble`. */
-export function useAction(action) {
+/**
+ * Runs one action at a time: `[run, busy, error]`. What it threw is kept for `Trouble` as long as `about`, what it was
+ * done to, stays the same, and until somebody signs in, where nobody was.
+ */
+export function useAction(action, about) {
   const [state, setState] = useState({ busy: false, error: null });
   const running = useRef(false);
   const run = async (...given) => {
-    if (running.current) return undefined;
+    if (running.current) return;
     running.current = true;
     setState({ busy: true, error: null });
-    try {
-      const answer = await action(...given);
-      setState({ busy: false, error: null });
-      return answer;
-    } catch (error) {
-      setState({ busy: false, error });
-      return undefined;
-    } finally {
-      running.current = false;
-    }
+    const error = await action(...given).then(() => null, (thrown) => thrown);
+    running.current = false;
+    setState({ busy: false, error, about });
   };
-  return [run, state.busy, state.error];
+  useSignedIn(state.error, () => setState({ busy: false, error: null }));
+  return [run, state.busy, state.about === about ? state.error : null];
 }
 
-/** A sentence of the service: what stands in backticks as code, and no break between a number and its sign. */
+/**
+ * A sentence of the service: commands and fields in backticks as code, no break between a number and its sign. All else
+ * stays to the letter, for it may be a label or a column's name.
+ */
 export const Said = ({ text = "" }) =>
-  text.replace(/(\d) %/g, "$1\u00a0%").replace(/(^|[\s(])-(?=\d)/g, "$1−").split("`").map((part, i) => (i % 2 ? html`<code>${part}</code>` : part));
+  text.split(/(`(?:errors|model|(?:tuneproof |hf |baseline\.|train\.|Authorization: )[^`]+)`|[\d.]+ %)/).map((part, i) => (i % 2 === 0 ? part : part[0] === "`" ? html`<code>${part.slice(1, -1)}</code>` : html`<span class="number">${part}</span>`));
 
 /** A method's name in the API; it may break after an underscore. */
 export const Slug = ({ of }) => of.split(/(?<=_)/).map((part, i) => html`${i > 0 && html`<wbr />`}${part}`);
@@ -125,18 +116,27 @@ const FIELDS = {
   text_column: "Column of the texts", label_column: "Column of the labels", split_column: "Column of the file's own split", delimiter: "Delimiter", encoding: "Encoding",
   base_model: "Base model", prompt_model: "Prompt model", few_shot: "Examples in the prompt", sample_size: "Rows to prompt", max_length: "Longest text", webhook_url: "Webhook",
 };
+const fieldOf = (name) => (Object.hasOwn(FIELDS, name) ? FIELDS[name] : null);
 
-/** What the API says to programs, put for a reader of these pages. */
-const plain = (text) =>
-  text
-    .replace(/ (List them with|Send "force")[^.]*\.|[;,] GET [^.]* lists? them/g, "")
-    .replace(/\b([Pp])ass\b/g, (_, p) => (p === "P" ? "Choose" : "choose"))
-    .replace("choose rare_labels=drop", "leave those rows out")
-    .replace("has_header=false", "“First row: is data”")
-    .replace(/\bencoding=/, "the encoding ")
-    .replace(/\b(?:baseline\.|train\.)?(\w+_\w+)\b/g, (name, field) => (FIELDS[field] ? `“${FIELDS[field]}”` : name));
+// What the API says to programs, and how a reader of these pages would have it: whole phrases, since labels and names
+// of columns stand in the same sentences.
+const PHRASES = [
+  [/ (?:List them with|Send "force")[^.]*\.|[;,] GET [^.]* lists? them| See `errors`, and \/docs for what is expected\./g, ""],
+  [/^(?:baseline\.|train\.)?(\w+)(?= (?:must be|names|is no) )/, (name, field) => (fieldOf(field) ? `“${fieldOf(field)}”` : name)],
+  [/^Expected \w+_column to be a column's name or 0-based index/, "Expected the name of a column"],
+  [/Pass (\w+_column) with one of them\.$/, (_, field) => `Choose one of them as “${fieldOf(field)}”.`],
+  ["Pass another label_column", `Choose another “${FIELDS.label_column}”`],
+  ["leave split_column out to", `leave “${FIELDS.split_column}” out to`],
+  [/or pass rare_labels=drop\.$/, "or leave those rows out."],
+  [/or pass has_header=false if the first row is data\.$/, "or choose “First row: is data”."],
+  [/(; is the file UTF-16\? then )pass encoding=/, "$1choose the encoding "],
+  [/Pass encoding=(?=[\w-]+\.$)/, "Choose the encoding "],
+  [/Pass (?=the file's encoding |delimiter if cells are cut)/, "Choose "],
+  [/or pass (?=the delimiter\.$)/, "or choose "],
+];
+const plain = (text) => PHRASES.reduce((so, [said, meant]) => so.replace(said, meant), text);
 
-const At = ({ of: { row, loc = [], message } }) => html`<li>${row != null ? `Row ${row}` : FIELDS[loc.at(-1)] || loc.join(".")}: <${Said} text=${plain(message)} /></li>`;
+const At = ({ of: { row, loc = [], message } }) => html`<li>${row != null ? `Row ${row}` : (fieldOf(loc.at(-1)) ?? loc.join("."))}: <${Said} text=${plain(message)} /></li>`;
 const FIRST_ERRORS = 10;
 
 /** What went wrong, with the fields or rows at fault; read out at once. */

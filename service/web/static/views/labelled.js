@@ -7,7 +7,7 @@ export default function Labelled({ job }) {
   const file = job.artifacts.find((one) => one.name === "predictions.csv");
   return html`<section class="verdict" aria-labelledby="headline">
       <h2 id="headline">${headline}</h2>
-      <p>By <a href=${`#/model/${model}`}>model <code>${model}</code></a>, ${number(Math.round(rate))} rows a second.</p>
+      <p>By <a href=${`#/model/${model}`}>model <code>${model}</code></a>, ${number(rate < 10 ? Number(rate.toPrecision(2)) : Math.round(rate))} rows a second.</p>
       ${file ? html`<p><a class="button" href=${url(file.url)} download=${file.name}>Download predictions.csv</a> <span class="soft">${bytes(file.size_bytes)}</span></p>` : html`<p>The dataset of this job has been deleted, and with it the predictions, which hold its texts.</p>`}
     </section>
     <section class="gap" aria-labelledby="labels"><h2 id="labels">Labels given</h2>

@@ -1,47 +1,56 @@
 // From a file to a started comparison. The file stays in the page, so that it can be sent again, read another way.
-import { call, pause, token, upload } from "../api.js";
+import { call, get, pause, token, upload } from "../api.js";
 import { may } from "../scopes.js";
-import { html, Trouble, useAction, useEffect, useRef, useState } from "../ui.js";
+import { html, Trouble, useAction, useEffect, useRef, useSignedIn, useState } from "../ui.js";
 import { Drop } from "./start/drop.js";
 import { Found } from "./start/found.js";
 import { Reading } from "./start/reading.js";
 
 const SETTLED = 0.4; // seconds without another choice, as the arrow keys make them, before the file is read again
 
+/** Another reading of the same file takes the place of a dataset, but for one that has jobs and so has its uses. */
+async function forget(id) {
+  if ((await get("/jobs", { dataset_id: id, limit: 1 })).data.length === 0) await call("DELETE", `/datasets/${id}`);
+}
+
 export default function Start({ session }) {
   const [file, setFile] = useState(null);
-  const [read, setRead] = useState(null); // { dataset, asked, file }: the last that was taken, and the form fields of it
+  const [read, setRead] = useState(null); // { dataset, asked }: the last that was taken, and the form fields of it
   const [tried, setTried] = useState({});
   const [columns, setColumns] = useState(null); // null until it was read or refused
   const [fraction, setFraction] = useState(0);
+  const [starting, setStarting] = useState(false);
   const sending = useRef({}); // what is wanted last; `key` is the same for the same file and fields
   const taken = useRef(null); // `read`, also once another file was chosen
+  const answered = useRef(null); // the file that was read or refused last
 
   const once = async ({ given, asked, key, control: { signal } }) => {
-    setFraction(0);
     const form = new FormData();
     for (const field of Object.entries(asked)) if (field[1]) form.append(...field); // an empty one is recognised
     form.append("file", given);
     const dataset = await upload("/datasets", form, { onProgress: setFraction, signal, key });
     const before = taken.current;
-    taken.current = { dataset, asked, file: given };
+    taken.current = { dataset, asked };
+    answered.current = given;
     setRead(taken.current);
     setColumns(dataset.columns || []);
-    // The same file, read otherwise, is of no use. Where it cannot be deleted it stays in the list.
-    if (before?.dataset.sha256 === dataset.sha256) await call("DELETE", `/datasets/${before.dataset.id}`).catch(console.warn);
+    // Where it cannot be deleted it stays in the list.
+    if (before?.dataset.sha256 === dataset.sha256) await forget(before.dataset.id).catch(console.warn);
   };
   const [run, busy, problem] = useAction(async () => {
     for (let sent = null; sent !== sending.current; ) {
+      sent = sending.current;
+      setFraction(0);
       try {
-        if (taken.current?.file === sending.current.given) await pause(SETTLED, sending.current.control.signal);
-        sent = sending.current;
+        if (answered.current === sent.given) await pause(SETTLED, sent.control.signal);
         await once(sent);
       } catch (error) {
-        if (error.name === "AbortError") {
-          if (taken.current?.file !== sending.current.given) setFile(null);
+        if (sending.current.control.signal.aborted) {
+          if (answered.current !== sent.given) setFile(null);
           return;
         }
         if (sent !== sending.current) continue; // nobody wants it any more
+        if (error.status === 422) answered.current = sent.given;
         setColumns((known) => error.columns?.length ? error.columns : (known ?? (error.status === 422 ? [] : null)));
         throw error;
       }
@@ -51,11 +60,14 @@ export default function Start({ session }) {
     const name = JSON.stringify(asked);
     const { given: last, name: lastName, key, control } = sending.current;
     const again = last === given && lastName === name;
-    sending.current = { given, asked, name, key: again ? key : token(), control: busy ? control : new AbortController() };
+    const late = busy && fraction === 1; // the service has it all: what it makes of it is replaced once it is known
+    sending.current = { given, asked, name, key: again ? key : token(), control: late ? control : new AbortController() };
+    if (busy && !late) control.abort();
     setFile(given);
     setTried(asked);
     run();
   };
+  useSignedIn(problem, () => send(file, tried));
 
   if (!may(session, "read")) {
     return html`<h1>This key is for predictions</h1>
@@ -81,10 +93,10 @@ export default function Start({ session }) {
     ${refused && html`<${Trouble} error=${problem} />`}
     ${refused && dataset && html`<p class="soft">What stands below is as it was read before.</p>`}
     ${refused && problem.code === "rare_labels" && html`<p><button type="button" class="primary" onClick=${() => send(file, { ...tried, rare_labels: "drop" })}>Drop those rows and go on</button></p>`}
-    ${refused && (problem.status === 0 || problem.status >= 429) && html`<p><button type="button" onClick=${() => send(file, tried)}>Send it again</button></p>`}
+    ${file && !busy && (problem ? problem.status === 0 || problem.status >= 429 : !dataset) && html`<p><button type="button" onClick=${() => send(file, tried)}>Send it again</button></p>`}
     ${dataset && html`<${Title} dataset=${dataset} />`}
-    ${file && columns && html`<${Reading} key="how" dataset=${dataset} columns=${columns} asked=${shown} onChange=${(asked) => send(file, asked)} />`}
-    ${dataset && html`<${Found} key=${dataset.id} dataset=${dataset} session=${session} busy=${busy} />`}
+    ${file && columns && html`<${Reading} key="how" dataset=${dataset} columns=${columns} asked=${shown} disabled=${starting} onChange=${(asked) => send(file, asked)} />`}
+    ${dataset && html`<${Found} dataset=${dataset} session=${session} busy=${busy} onStarting=${setStarting} />`}
   `;
 }
 

@@ -72,21 +72,16 @@ function Promote({ model, aliases, known, ask, onMoved }) {
   const incumbent = held && held.model_id !== model.id ? held : null;
   const gate = useLoad((signal) => (incumbent ? get(`/aliases/${alias}/gate`, { model_id: model.id }, signal) : Promise.resolve(null)), [incumbent?.alias]);
   const differ = incumbent && html`<${Differ} ours=${model} theirs=${known.get(incumbent.model_id)} />`;
-  const [send, busy, failed] = useAction(async () => {
-    let moved;
-    try {
-      moved = await point(alias, model.id);
-    } catch (problem) {
-      throw Object.assign(problem, { alias }); // said of this alias alone, should another be typed
-    }
+  const [send, busy, error] = useAction(async () => {
+    const moved = await point(alias, model.id);
     onMoved(html`<p>${alias} points to this model now.</p>${differ}<${Gate} of=${{ data: moved.gate }} other="the one before" />`);
-  });
-  const error = failed?.alias === alias ? failed : null;
+  }, alias);
   const force = async () => {
     await point(alias, model.id, true);
     onMoved(html`<p>${alias} points to this model now, though it was shown to be worse.</p>${differ}`);
   };
-  const refused = incumbent && (error?.code === "promotion_refused" || (!gate.loading && gate.data?.verdict === "incumbent_wins"));
+  const found = gate.loading || gate.error ? null : gate.data; // else it may be of the alias typed before
+  const refused = incumbent && (error?.code === "promotion_refused" || found?.verdict === "incumbent_wins");
   return html`<form onSubmit=${(event) => { event.preventDefault(); send(); }}>
     <h3>Point an alias to this model</h3>
     <${Field} label="Alias" hint="One there is, or a new one: lower-case letters, digits, and . _ - after the first.">
@@ -96,7 +91,7 @@ function Promote({ model, aliases, known, ask, onMoved }) {
     <datalist id=${list}>${aliases.map((one) => html`<option value=${one.alias}>${named(known.get(one.model_id))}</option>`)}</datalist>
     ${held && !incumbent && html`<p>It points here already.</p>`}
     ${incumbent && html`<p>It points to <a href=${`#/model/${incumbent.model_id}`}><bdi>${named(known.get(incumbent.model_id))}</bdi></a> now.</p>${differ}<${Gate} of=${gate} />`}
-    ${!(refused && gate.data) && html`<${Trouble} error=${error} />`}
+    ${!(refused && found) && html`<${Trouble} error=${error} />`}
     <div class="actions">
       ${refused
         ? html`<button type="button" class="danger" onClick=${() => ask(`Point ${alias} to the worse model?`, "Promote all the same", force, "On rows that neither model was trained on, this one was shown to be worse than the one in its place.")}>Promote all the same…</button>`
@@ -111,7 +106,7 @@ function Differ({ ours, theirs }) {
   const [here, there] = [[ours, theirs], [theirs, ours]].map(([one, other]) => one.labels.filter((label) => !other.labels.includes(label)));
   if (!here.length && !there.length) return null;
   const listed = (labels) => labels.length > 0 && html` (${labels.slice(0, 5).map((label, i) => html`${i > 0 && ", "}<bdi>${label}</bdi>`)}${labels.length > 5 && ", …"})`;
-  return html`<p class="notice"><strong>These models have different labels:</strong> ${number(here.length)} only in this one${listed(here)}, ${number(there.length)} only in <bdi>${named(theirs)}</bdi>${listed(there)}. Programs that call the alias will meet others than before.</p>`;
+  return html`<p class="notice"><strong>These models have different labels:</strong> ${number(here.length)} only in this one${listed(here)}, ${number(there.length)} only in <bdi>${named(theirs)}</bdi>${listed(there)}. Programs that call the alias will meet ${!here.length ? "fewer" : there.length ? "other" : "more"} labels than before.</p>`;
 }
 
 const VERDICTS = {

@@ -1,26 +1,29 @@
 // One button with good defaults; what can be changed is folded away under it.
-import { call, get, token } from "../../api.js";
-import { html, Trouble, useAction, useLoad, useRef } from "../../ui.js";
+import { call, token } from "../../api.js";
+import { html, Trouble, useAction, useRef } from "../../ui.js";
 import { Options, specOf } from "./options.js";
 
 /** What is said of a job that would not prompt, where it is known before. */
-function promptless(values, { data: bases, auto_prompt_model: auto }) {
+export function promptless(values, { data: bases, auto_prompt_model: auto }) {
   if (values.prompt_model || auto || bases.find((base) => base.name === values.base_model)?.generative) return null;
-  return html`<p class="notice">No generative model is at hand here, so <strong>prompting will not be tested</strong>; the similarity to the label names stands in its place. To test it, run <code>tuneproof models pull ${bases.find((base) => base.generative)?.name}</code> on this machine, or choose a prompt model under Options.</p>`;
+  const generative = bases.filter((base) => base.generative);
+  const here = generative.filter((base) => base.at_hand).map((base) => base.name);
+  const fetched = generative.find((base) => !base.at_hand)?.name; // what has no hub is always at hand: this is auto's
+  return html`<p class="notice">With the prompt model left at auto, <strong>prompting will not be tested</strong>${fetched && html`, unless the worker has a GPU and can fetch <code>${fetched}</code>`}; the similarity to the label names stands in its place. To test it, ${here.length > 0 ? `choose ${here.join(" or ")} as the prompt model under Options` : html`run <code>tuneproof models pull ${fetched}</code> on the worker's machine, or choose a remote prompt model under Options`}.</p>`;
 }
 
-export function Begin({ dataset, busy: reading, values, onChange }) {
+export function Begin({ dataset, known, busy: reading, values, onChange, onStarting = () => {} }) {
   const folded = useRef(null);
   const last = useRef({});
-  const bases = useLoad(() => get("/base-models"));
   const [begin, busy, error] = useAction(async () => {
-    const spec = { dataset_id: dataset.id, ...specOf(values) };
+    const spec = { dataset_id: dataset.id, ...specOf(values, dataset.labels) };
     // The same click, sent again after an answer that was lost, must not start a second job.
     if (last.current.spec !== JSON.stringify(spec)) last.current = { spec: JSON.stringify(spec), key: token() };
-    const job = await call("POST", "/jobs", { json: spec, key: last.current.key });
+    onStarting(true);
+    const job = await call("POST", "/jobs", { json: spec, key: last.current.key }).finally(() => onStarting(false));
     last.current = {};
     location.hash = `#/job/${job.id}`;
-  });
+  }, dataset.id);
   if (dataset.labels.length === 0) return html`<p class="notice">Without labels there is nothing to compare. Upload the file with its labels.</p>`;
   // A field that holds nonsense cannot be pointed at while it is folded away.
   const unfold = () => (folded.current.open = true);
@@ -28,11 +31,11 @@ export function Begin({ dataset, busy: reading, values, onChange }) {
     <form onSubmit=${(event) => { event.preventDefault(); begin(); }} onInvalidCapture=${unfold}>
       <button type="submit" class="primary large" disabled=${busy || reading}>Compare prompting and fine-tuning</button>
       <p class="soft">Trains and prompts on the same rows, and says which is worth it. Good defaults; nothing has to be set.</p>
-      ${bases.data && promptless(values, bases.data)}
+      ${known && promptless(values, known)}
       <${Trouble} error=${error} />
       <details ref=${folded}>
         <summary>Options</summary>
-        <${Options} dataset=${dataset} known=${bases.data} values=${values} onChange=${onChange} />
+        <${Options} dataset=${dataset} known=${known} values=${values} onChange=${onChange} />
       </details>
     </form>
   </section>`;

@@ -11,9 +11,12 @@ const filled = (fields) => {
   return kept.length ? Object.fromEntries(kept) : undefined;
 };
 
-/** Of the form's values, the spec's fields that differ from their defaults. */
-export function specOf(values) {
-  const described = Object.entries(values.descriptions).map(([label, text]) => [label, text.trim()]);
+/** A label may have any name, that of something every object has as well. */
+const described = (descriptions, label) => (Object.hasOwn(descriptions, label) ? descriptions[label] : "");
+
+/** Of the form's values, the spec's fields that differ from their defaults; descriptions of the dataset's own `labels`. */
+export function specOf(values, labels) {
+  const descriptions = labels.map(({ label }) => [label, described(values.descriptions, label).trim()]);
   return filled({
     name: values.name?.trim(),
     base_model: values.base_model,
@@ -22,7 +25,7 @@ export function specOf(values) {
       prompt_model: values.prompt_model,
       few_shot: whole(values.few_shot),
       sample_size: whole(values.sample_size),
-      label_descriptions: filled(Object.fromEntries(described)),
+      label_descriptions: filled(Object.fromEntries(descriptions)),
     }),
     train: filled({ epochs: whole(values.epochs), max_length: whole(values.max_length), class_weights: values.class_weights }),
     learning_curve: values.learning_curve ? CURVE : undefined,
@@ -67,7 +70,7 @@ function Descriptions({ labels, values, onChange }) {
   return html`<details onToggle=${(event) => setOpen(event.target.open)}>
     <summary>What the labels mean</summary>
     <p class="soft">A sentence on a label helps a prompt where its name says little.</p>
-    ${open && html`<div class="grid">${shown.map(({ label }) => html`<${Field} key=${label} label=${html`<bdi>${label}</bdi>`}><input maxlength="500" value=${values[label] || ""} onInput=${(event) => onChange({ ...values, [label]: event.target.value })} /><//>`)}</div>`}
+    ${open && html`<div class="grid">${shown.map(({ label }) => html`<${Field} key=${label} label=${html`<bdi>${label}</bdi>`}><input maxlength="500" value=${described(values, label)} onInput=${(event) => onChange({ ...values, [label]: event.target.value })} /><//>`)}</div>`}
     ${open && !all && labels.length > FIRST_LABELS && html`<p><button type="button" class="quiet" onClick=${() => setAll(true)}>Show all ${number(labels.length)}</button></p>`}
   </details>`;
 }

@@ -6,7 +6,7 @@ const SECONDS_BETWEEN_TRIES = 3;
 const SETTLED = 1000; // milliseconds without another key before what was typed is asked about
 
 /**
- * `{ data, error, said }`, `said` while there is no answer yet. `asked`: the job's values that the split and its tokens
+ * `{ data, error, said }`, `said` while there is no answer yet to what is asked now. `asked`: the job's values that the split and its tokens
  * depend on, as far as they are set. Looks go one at a time on the service: while another is under way, it is asked again.
  */
 export function usePreflight(dataset, asked) {
@@ -31,18 +31,20 @@ export function usePreflight(dataset, asked) {
   };
   const { data, error, loading } = useLoad(look, [dataset?.id, JSON.stringify(query)]);
   const said = waits ? "Another file is being looked at; this one is next, and is asked for by itself." : "Looking for texts that are almost the same across the split, and for texts that are too long…";
-  return { data, error, said: loading && dataset?.labels.length > 0 && said };
+  if (dataset?.labels.length > 0 && (loading || JSON.stringify(query) !== JSON.stringify(asked))) return { said };
+  return error ? { error } : { data };
 }
 
-export function Preflight({ look: { data, error, said } }) {
+/** `prompts` where a prompt will run: else its time is none to know. */
+export function Preflight({ look: { data, error, said }, prompts }) {
   return html`
     ${said && html`<p class="soft">Not known yet.</p>`}
     <${Trouble} error=${error} />
-    ${data && !error && html`
+    ${data && html`
       <p>${number(data.split.n_train)} rows to train on, ${number(data.split.n_validation)} to choose on, ${number(data.split.n_test)} to judge on.</p>
       <${Truncated} found=${data.truncation} />
       ${data.near_duplicates.count === 0 && html`<p>No text is almost the same as one of another part.</p>`}
-      <${Eta} eta=${data.eta} />`}
+      <${Eta} eta=${Object.entries(data.eta).filter(([method]) => prompts || !method.endsWith("_prompt"))} />`}
   `;
 }
 
@@ -53,13 +55,13 @@ function Truncated({ found }) {
 }
 
 function Eta({ eta }) {
-  const known = Object.entries(eta).filter(([, { seconds }]) => seconds != null);
-  const unknown = Object.keys(eta).filter((method) => eta[method].seconds == null);
+  const known = eta.filter(([, { seconds }]) => seconds != null);
+  const unknown = eta.filter(([, { seconds }]) => seconds == null);
   if (known.length === 0) return html`<p>How long it will take is not known here yet: no job has finished on this base model.</p>`;
   const basis = known.map(([, found]) => found.basis).find((name) => name?.startsWith("job_"));
   return html`<table class="narrow">
       <caption>Time it takes, roughly: ${basis ? html`as <a href=${`#/job/${basis}`}>the newest job on this base model</a> took` : "as on two CPU cores"}. Loading models comes on top.</caption>
       <tbody>${known.map(([method, { seconds }]) => html`<tr key=${method}><th scope="row">${METHODS[method] || method}</th><td class="number">${seconds < 1 ? "under 1 s" : duration(seconds)}</td></tr>`)}</tbody>
     </table>
-    ${unknown.length > 0 && html`<p class="soft">Not known here yet: ${unknown.map((method) => METHODS[method] || method).join(", ")}.</p>`}`;
+    ${unknown.length > 0 && html`<p class="soft">Not known here yet: ${unknown.map(([method]) => METHODS[method] || method).join(", ")}.</p>`}`;
 }

@@ -20,19 +20,20 @@ const valuesOf = (from) => ({
  */
 function changed(asked, before, name, value) {
   const fields = { ...asked };
-  if (!COLUMNS.includes(name)) for (const column of COLUMNS) delete fields[column];
+  if (!COLUMNS.includes(name)) for (const field of [...COLUMNS, "rare_labels"]) delete fields[field];
   fields[name] = value;
   const [text, label] = COLUMNS;
   const is = (column) => fields[column] || before[column];
   if (is(text) && is(text) === is(label)) fields[name === text ? label : text] = before[name === text ? text : label];
+  if (fields[label] !== asked[label]) delete fields.rare_labels; // it was said of other labels
   return fields;
 }
 
 /**
  * `dataset` is null where the file was refused; `columns` are its columns, as far as they are known. `asked` are the
- * form fields of the reading that is shown or under way.
+ * form fields of the reading that is shown or under way. `disabled` while a job starts on what was read.
  */
-export function Reading({ dataset, columns, asked, onChange }) {
+export function Reading({ dataset, columns, asked, disabled, onChange }) {
   const now = { ...valuesOf(dataset || {}), ...asked };
   const set = (name) => (event) => onChange(changed(asked, now, name, event.target.value));
   const hint = (name) => (asked[name] ? "As you said" : dataset?.inferred.includes(name) ? "Recognised" : null);
@@ -41,7 +42,7 @@ export function Reading({ dataset, columns, asked, onChange }) {
   const named = columns.map((name) => [name, name]);
   const recognise = (options) => (dataset ? options : [["", "Recognise it"], ...options]);
   const known = (options, value) => (!value || options.some(([option]) => option === value) ? options : [...options, [value, value]]);
-  return html`<div class="reading" role="group" aria-label="How the file is read">
+  return html`<fieldset disabled=${disabled} aria-label="How the file is read">
     ${columns.length > 0 &&
     html`<div class="grid">
       ${choice("text_column", "Column of the texts", known(recognise(named), now.text_column))}
@@ -56,5 +57,5 @@ export function Reading({ dataset, columns, asked, onChange }) {
         ${columns.length > 0 && choice("split_column", "Column of the file's own split", [["", "None: split the rows anew"], ...named], "Says train, validation or test in each row")}
       </div>
     </details>
-  </div>`;
+  </fieldset>`;
 }
