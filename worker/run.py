@@ -53,7 +53,7 @@ from worker.prepare import NOT_PROMPTED, Prepared, prepare
 from worker.progress import Reporter
 from worker.report import render
 from worker.saved import Saveable, Served, save_and_serve
-from worker.verdict import headline, recommend
+from worker.verdict import judge
 
 if TYPE_CHECKING:
     from worker.methods.remote import RemoteModel
@@ -294,10 +294,10 @@ class Experiment:
         comparisons = compare_all(judged, len(labels), self.spec.seed)
         split = self.split
         test_share = len(split.test) / (len(split.train) + len(split.validation) + len(split.test))
-        recommendation = recommend(judged, comparisons, self.spec.margin, len(labels), self.spec.seed, test_share)
+        headline, recommendation = judge(judged, comparisons, self.spec.margin, len(labels), self.spec.seed, test_share)
         metrics = self._figures(methods, [asdict(comparison) for comparison in comparisons])
         summary = {
-            "headline": headline(recommendation, judged, comparisons),
+            "headline": headline,
             "recommendation": asdict(recommendation) | {"reason": f"{recommendation.reason}{self._untested()}"},
             "methods": {name: _brief(parts) for name, parts in methods.items()},
         }

@@ -10,7 +10,7 @@ from worker.compare import MethodAnswers, compare_all, unproven
 from worker.metrics import score
 from worker.predictions import Predictions
 from worker.report import MATRIX_LIMIT, most_confused, render
-from worker.verdict import headline, recommend
+from worker.verdict import judge
 
 HOSTILE = '<script>alert("1")</script>" onmouseover="alert(2)'
 VOID = {"meta", "link", "rect", "br"}
@@ -67,7 +67,7 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
             methods[method] |= {"test": score(predictions, true_ids, labels)}
         answers[method] = MethodAnswers(true_ids, true_ids[half], None if prompted else ids, ids[half])
     comparisons = compare_all(answers, K, 0)
-    recommendation = recommend(answers, comparisons, 0.02, K, 0, 0.1)
+    headline, recommendation = judge(answers, comparisons, 0.02, K, 0, 0.1)
     metrics = {
         "schema_version": 1,
         "job_id": "job_1",
@@ -95,7 +95,7 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
         "environment": {"python": "3.11.7", "libraries": {"torch": "2.13.0", "peft": "0.21.0"}},
     }
     summary = {
-        "headline": headline(recommendation, answers, comparisons),
+        "headline": headline,
         "recommendation": asdict(recommendation),
         "methods": {},
     }
