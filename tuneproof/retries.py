@@ -23,11 +23,15 @@ class Attempts:
         url: Of the server, for messages.
         seconds: How long after the first failure a call is tried again.
         met: Whether the server has ever answered.
+        to_the_end: Whether there is one at the end of that time, also where the server asked for a longer pause.
         clock: Seconds, monotonic.
     """
 
-    def __init__(self, url: str, seconds: float, *, met: bool, clock: Callable[[], float] = time.monotonic) -> None:
-        self._url, self._seconds, self._met, self._clock = url, seconds, met, clock
+    def __init__(
+        self, url: str, seconds: float, *, met: bool, to_the_end: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._url, self._seconds, self._met, self._to_the_end, self._clock = url, seconds, met, to_the_end, clock
         self._failures = 0
         self._heard = False
         self._first_failure: float | None = None
@@ -38,7 +42,7 @@ class Attempts:
         return self._heard
 
     def pause(self, error: httpx.RequestError | TuneproofError) -> float:
-        """Seconds to wait before the next attempt, never fewer than the server asked for.
+        """Seconds to wait before the next attempt, fewer than the server asked for only `to_the_end`.
 
         Raises:
             TuneproofError: another attempt is of no use, or the time is over.
@@ -57,7 +61,10 @@ class Attempts:
         self._met = self._met or reached
         self._heard = self._heard or (reached and problem.status in (None, 502, 504))
         give_up_at = self._first_failure + (self._seconds if self._met else min(self._seconds, FIRST_CONTACT_SECONDS))
-        if not _may_pass(error, problem) or now + wait > give_up_at:
+        late = now + wait > give_up_at
+        if late and self._to_the_end and now < give_up_at:
+            wait, late, self._to_the_end = give_up_at - now, False, False
+        if late or not _may_pass(error, problem):
             raise problem from (None if problem is error else error)
         return wait
 

@@ -139,7 +139,7 @@ def read_predictions(content: bytes) -> pd.DataFrame:
         if column in ("row_id", "in_baseline_subset"):
             frame[column] = frame[column].astype("int64")
         elif column.endswith(("confidence", "_label_probability")) or column.startswith("probability_"):
-            frame[column] = pd.to_numeric(frame[column].mask(frame[column] == ""))
+            frame[column] = pd.to_numeric(frame[column].mask(frame[column] == "")).astype("float64")
         elif column not in ("split", "text") and not column.endswith("_raw"):
             frame[column] = frame[column].mask(frame[column] == "")
     return frame.astype({"in_baseline_subset": bool}) if "in_baseline_subset" in frame else frame

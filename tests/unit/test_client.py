@@ -514,6 +514,18 @@ def test_where_the_server_is_away_at_the_end_of_the_wait_it_is_a_timeout_error_t
     assert caught.value.status == 401
 
 
+def test_a_server_that_asks_for_a_longer_pause_than_is_left_is_asked_once_more_at_the_end(
+    server: FakeServer, waits: list[float]
+) -> None:
+    busy = problem(503, "queue_full", "60")
+    server.answers["GET /jobs/job_1"] = iter([busy, JOB])
+    assert server.client().jobs.wait("job_1", timeout_seconds=30).status == "succeeded"
+    server.answers["GET /jobs/job_1"] = iter([busy, busy])
+    with pytest.raises(WaitTimeout, match="has not ended after 30 s"):
+        server.client().jobs.wait("job_1", timeout_seconds=30)
+    assert waits == [pytest.approx(30, abs=1)] * 2, "what is said to have passed has passed"
+
+
 # The stream ---------------------------------------------------------------------------------------
 PROGRESS = {
     "type": "progress",

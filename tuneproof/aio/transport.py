@@ -70,13 +70,15 @@ class AsyncTransport:
             creates: Something new, which a repeated request must not create twice: True, or an idempotency key.
             done: The status by which a repeated request learns that an earlier one, whose answer was lost, was heard.
             wait_seconds: How long the server may think before it answers, beyond the time-out of a plain call.
-            retry_seconds: In place of the client's own; then also where nothing has ever answered.
+            retry_seconds: In place of the client's own; then also where nothing has ever answered, and to the end.
             options: As `httpx` takes them.
         """
         if creates:
             options["headers"] = {"Idempotency-Key": creates if isinstance(creates, str) else str(uuid.uuid4())}
         timeout = httpx.Timeout(self._timeout_seconds, read=self._timeout_seconds + wait_seconds)
-        attempts = self.attempts() if retry_seconds is None else Attempts(self.url, retry_seconds, met=True)
+        attempts = self.attempts()
+        if retry_seconds is not None:
+            attempts = Attempts(self.url, retry_seconds, met=True, to_the_end=True)
         while True:
             try:
                 response = await self.http.request(method, path, timeout=timeout, **options)
