@@ -78,7 +78,7 @@ def test_watch_shows_stage_share_and_time_left_and_then_the_result(server: FakeS
     assert "train       42%  0:01:35 left  F1 0.912  epoch [2]/5" in result.stderr
     assert "Warning: The embedded model was taken." in result.stdout
     assert "zero_shot_similarity 0.500    0.400    baseline_subset" in result.stdout
-    assert "embedding_logreg is as good as it gets [here]\nNothing beats it." in result.stdout
+    assert "embedding_logreg is as good as it gets [here]\nNothing beats it; set seed to 1.\n" in result.stdout
     assert "predict --model mdl_probe 'a text'\n" in result.stdout
     assert result.stdout.endswith("The job's page: http://127.0.0.1:8000/ui/#/job/job_1\n")
 
@@ -252,7 +252,7 @@ def test_a_job_is_looked_at_cancelled_and_tried_again(server: FakeServer) -> Non
         "POST /jobs/job_1/retry": JOB | {"status": "queued", "terminal": False, "progress": {"fraction": 0.0}},
     }
     assert tuneproof_command("status", "job_1").stdout == "job_1 is running, 42% done: epoch [2]/5\n"
-    assert "Nothing beats it." in tuneproof_command("status", "job_1").stdout
+    assert "Nothing beats it; set seed to 1." in tuneproof_command("status", "job_1").stdout
     failed = tuneproof_command("status", "job_1")
     assert (failed.exit_code, "It did not fit." in failed.stderr) == (0, True)
     assert json.loads(tuneproof_command("status", "job_1", "--json").stdout) == JOB

@@ -136,6 +136,14 @@ def test_the_verdict_comes_before_every_table_and_all_parts_follow():
     assert places == sorted(places)
 
 
+def test_what_is_to_be_typed_stands_as_code_and_no_backtick_is_shown():
+    metrics, summary, notes = job(USUAL)
+    summary["recommendation"]["reason"] = "Too few: set `baseline.sample_size` to 190 <b>."
+    html = render(metrics, summary, notes | {"messages": ["Fetch one with `tuneproof models pull x`."]})
+    assert "<p>Too few: set <code>baseline.sample_size</code> to 190 &lt;b&gt;.</p>" in html
+    assert "<li>Fetch one with <code>tuneproof models pull x</code>.</li>" in html
+
+
 def test_labels_names_and_messages_cannot_become_markup():
     metrics, summary, notes = job(USUAL, labels=(HOSTILE, "other", "fee"))
     notes |= {"job_name": HOSTILE, "dataset_name": HOSTILE, "messages": [HOSTILE], "spec": {"name": HOSTILE}}
