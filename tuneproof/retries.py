@@ -23,17 +23,13 @@ class Attempts:
         url: Of the server, for messages.
         seconds: How long after the first failure a call is tried again.
         met: Whether the server has ever answered.
-        to_the_end: Whether there is one at the end of that time, also where the server asked for a longer pause.
         clock: Seconds, monotonic.
     """
 
-    def __init__(
-        self, url: str, seconds: float, *, met: bool, to_the_end: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
-        self._url, self._seconds, self._met, self._to_the_end, self._clock = url, seconds, met, to_the_end, clock
+    def __init__(self, url: str, seconds: float, *, met: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._url, self._seconds, self._met, self._clock = url, seconds, met, clock
         self._failures = 0
-        self._heard = False
+        self._heard = self._ending = False
         self._first_failure: float | None = None
 
     @property
@@ -41,8 +37,10 @@ class Attempts:
         """Whether an earlier attempt may have done its work, though its answer was lost."""
         return self._heard
 
-    def pause(self, error: httpx.RequestError | TuneproofError) -> float:
-        """Seconds to wait before the next attempt, fewer than the server asked for only `to_the_end`.
+    def pause(self, error: httpx.RequestError | TuneproofError, *, to_the_end: bool = False) -> float:
+        """Seconds to wait before the next attempt, never fewer than the server asked for.
+
+        `to_the_end` makes one exception: the last attempt is at the end of the time.
 
         Raises:
             TuneproofError: another attempt is of no use, or the time is over.
@@ -62,8 +60,8 @@ class Attempts:
         self._heard = self._heard or (reached and problem.status in (None, 502, 504))
         give_up_at = self._first_failure + (self._seconds if self._met else min(self._seconds, FIRST_CONTACT_SECONDS))
         late = now + wait > give_up_at
-        if late and self._to_the_end and now < give_up_at:
-            wait, late, self._to_the_end = give_up_at - now, False, False
+        if late and to_the_end and not self._ending and now < give_up_at:
+            wait, late, self._ending = give_up_at - now, False, True
         if late or not _may_pass(error, problem):
             raise problem from (None if problem is error else error)
         return wait

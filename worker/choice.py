@@ -1,11 +1,11 @@
 """Which of a job's methods is the best, and which to take: each pair judged on the largest rows both were run on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
 from service.ml.evidence import PairedComparison, rows_to_exclude
-from worker.compare import COST_ORDER, MethodAnswers, compare_methods, shares_right, unproven
+from worker.compare import COST_ORDER, Answers, compare_methods, shares_right, unproven
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,7 @@ class Choice:
     shown: PairedComparison | None
     """`method` against `best`, from which it is shown to lose no more than the margin; None where they are one."""
     ahead: PairedComparison | None
-    """What is right most more often than `best` where both were run, against it: the first on all rows may be behind
-    on the subset. None where no method is right more often."""
+    """The method furthest ahead of `best` where both were run, against it; None where there is none."""
     open: tuple[PairedComparison, ...]
     """Cheaper methods, each against the one that it is not shown to be as good as; a hopeless one is left out."""
     against_lora: PairedComparison | None
@@ -31,17 +30,15 @@ class Choice:
 
 
 def choose(
-    answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison], margin: float, n_labels: int,
-    seed: int,
-) -> Choice:  # fmt: skip
+    answers: Answers, comparisons: Sequence[PairedComparison], margin: float, n_labels: int, seed: int
+) -> Choice:
     """The cheapest method that is as good as the best one and shown to be worse than none, else the best one.
 
     As good: `as_good`. Worse: another one wins (uncorrected), or its gain is shown to reach the margin, and the method
     is not shown to be as good as that one.
 
-    The best is the most accurate of those shown to be worse than none (of all, where each is); of equals the cheapest.
-    Methods with answers for the whole test part are ranked on it. One that was run on the subset only is the best where
-    no other is right more often there.
+    The best is the method that no other is ahead of where both were run; of equals the cheapest. On different rows
+    there may be none: then it is the first on the whole test part that is shown to be worse than none, if there is one.
     """
     against = cache(partial(compare_methods, answers, n_labels=n_labels, seed=seed))
     methods = sorted(answers, key=COST_ORDER.index)
@@ -52,10 +49,9 @@ def choose(
                 return trial
         return None
 
-    pool = methods
-    while pool and worse(best := _first(pool, answers)):
-        pool = [method for method in pool if method != best]
-    best = _first(pool or methods, answers)
+    accurate = sorted(methods, key=lambda m: (answers[m].test_ids is None, -shares_right(answers[m])[0]))
+    ranked = [method for method in methods if not _ahead_of(method, answers)] or accurate
+    best = next((method for method in ranked if not worse(method)), ranked[0])
     trials = [(against(method, best), worse(method)) for method in methods[: methods.index(best)]]
     shown = next((trial for trial, outdone in trials if as_good(trial, margin) and not outdone), None)
     method, lead = shown.candidate if shown else best, _ahead_of(best, answers)
@@ -88,18 +84,7 @@ def falls_short(trial: PairedComparison, margin: float) -> bool:
     return trial.accuracy_delta_ci95[1] < 0 and trial.accuracy_delta_ci95[1] <= -margin
 
 
-def _first(pool: Sequence[str], answers: Mapping[str, MethodAnswers]) -> str:
-    """The most accurate of the pool, as `choose` ranks them."""
-    # `max` keeps the first of equals, and the cheaper stand first.
-    groups = [[method for method in pool if (answers[method].test_ids is None) == part] for part in (False, True)]
-    firsts = [max(group, key=lambda m: shares_right(answers[m])) for group in groups if group]
-    top, prompt = firsts[0], firsts[-1]
-    if _ahead_of(prompt, answers):
-        return top
-    return max(sorted(firsts, key=pool.index), key=lambda m: shares_right(answers[m], answers[prompt])[0])
-
-
-def _ahead_of(method: str, answers: Mapping[str, MethodAnswers]) -> list[str]:
+def _ahead_of(method: str, answers: Answers) -> list[str]:
     """The methods that are right more often where both were run, the furthest ahead first."""
     pairs = {other: shares_right(answers[other], answers[method]) for other in answers}
     leads = {other: theirs - mine for other, (theirs, mine) in pairs.items() if theirs > mine}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -36,7 +37,10 @@ class MethodAnswers:
     subset_text_ids: Ids | None = None
 
 
-def compare_all(answers: Mapping[str, MethodAnswers], n_labels: int, seed: int) -> list[PairedComparison]:
+Answers: TypeAlias = Mapping[str, MethodAnswers]
+
+
+def compare_all(answers: Answers, n_labels: int, seed: int) -> list[PairedComparison]:
     """The dearest method against every cheaper one, and every method against `majority`; Holm over all of them.
 
     Fixed before any answer is seen, and few, so that the correction costs little power. Each pair is compared on the
@@ -51,9 +55,7 @@ def compare_all(answers: Mapping[str, MethodAnswers], n_labels: int, seed: int) 
     return withhold(found, unproven(answers, found))
 
 
-def compare_methods(
-    answers: Mapping[str, MethodAnswers], candidate: str, baseline: str, n_labels: int, seed: int
-) -> PairedComparison:
+def compare_methods(answers: Answers, candidate: str, baseline: str, n_labels: int, seed: int) -> PairedComparison:
     on, true_ids, text_ids, (ids, other_ids) = rows_of(answers[candidate], answers[baseline])
     return compare(candidate, baseline, on, true_ids, ids, other_ids, n_labels, seed, text_ids=text_ids)
 
@@ -72,7 +74,7 @@ def shares_right(*sides: MethodAnswers) -> list[float]:
     return [float(np.mean(true_ids == ids)) for ids in given]
 
 
-def unproven(answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison]) -> set[str]:
+def unproven(answers: Answers, comparisons: Sequence[PairedComparison]) -> set[str]:
     """Methods not shown to beat a constant answer: by the verdicts against `majority`.
 
     Where that was not run, the constant is the most common true label of a method's own rows (exact McNemar, 0.05).
@@ -80,6 +82,4 @@ def unproven(answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedC
     if "majority" in answers:
         return {c.candidate for c in comparisons if c.baseline == "majority" and c.verdict != "candidate_wins"}
     alone = {method: rows_of(own) for method, own in answers.items()}
-    return {
-        method for method, (_, true_ids, texts, ids) in alone.items() if not beats(true_ids, ids[0], text_ids=texts)
-    }
+    return {m for m, (_, true_ids, texts, ids) in alone.items() if not beats(true_ids, ids[0], text_ids=texts)}

@@ -1,6 +1,6 @@
 """What a job's figures come to, in words that claim no more than is shown."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, log10
 
@@ -9,7 +9,7 @@ from scipy.special import ndtri
 from service.core.spec import MOST_PROMPTED
 from service.ml.evidence import POWER, SIGNIFICANCE, PairedComparison, rows_to_exclude
 from worker.choice import Choice, choose, falls_short
-from worker.compare import COST_ORDER, PLAIN_NAMES, MethodAnswers, rows_of, shares_right
+from worker.compare import COST_ORDER, PLAIN_NAMES, Answers, MethodAnswers, rows_of, shares_right
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Recommendation:
 
 
 def judge(
-    answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison], margin: float, n_labels: int,
-    seed: int, test_share: float,
+    answers: Answers, comparisons: Sequence[PairedComparison], margin: float, n_labels: int, seed: int,
+    test_share: float,
 ) -> tuple[str, Recommendation]:  # fmt: skip
     """The headline, one sentence for somebody who reads nothing else, and what is recommended; both of one `choose`.
 
@@ -39,7 +39,7 @@ def judge(
     return said, Recommendation(choice.method, reason, margin)
 
 
-def _reasons(choice: Choice, answers: Mapping[str, MethodAnswers], margin: float, test_share: float) -> Iterator[str]:
+def _reasons(choice: Choice, answers: Answers, margin: float, test_share: float) -> Iterator[str]:
     """Sentences."""
     own, name, best = answers[choice.method], PLAIN_NAMES[choice.method], PLAIN_NAMES[choice.best]
     passed = any(trial.baseline != choice.best for trial in choice.open)
@@ -71,39 +71,35 @@ def _reasons(choice: Choice, answers: Mapping[str, MethodAnswers], margin: float
         yield f"it is not shown to beat {PLAIN_NAMES['majority']}, so do not rely on it yet."
 
 
-def _headline(
-    choice: Choice, answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison], margin: float
-) -> str:
+def _headline(choice: Choice, answers: Answers, comparisons: Sequence[PairedComparison], margin: float) -> str:
     method, rival = choice.method, choice.ahead if choice.method == choice.best else None
     score = f"{PLAIN_NAMES[method]} is right on {_right(answers[method])}"
     if method == "majority" and not rival:
         gain = f"to gain more than {_points(margin)} over that" if margin else "to be better"
         return f"no method pays off here: {score}, and none is shown {gain}."
     if method != "majority" and method not in choice.proven:
-        opening, others = ("little", f", as {PLAIN_NAMES[choice.proven[-1]]} is") if choice.proven else ("nothing", "")
-        unproven = f"which is not shown to be better than {PLAIN_NAMES['majority']}"
-        return f"{opening} is proven yet: {score}, {unproven}{others}."
+        opening, other = ("little", f", as {PLAIN_NAMES[choice.proven[-1]]} is") if choice.proven else ("nothing", "")
+        return (
+            f"{opening} is proven yet: {score}, which is not shown to be better than {PLAIN_NAMES['majority']}{other}."
+        )
     if rival:
         return f"no method comes out first: {score}, but {PLAIN_NAMES[rival.candidate]} is ahead where both were run."
     if len(answers) == 1:
         return f"{score}; no other method was run to compare it with."
     if method == "lora":
         won = {c.baseline: c for c in comparisons if c.candidate == c.winner == "lora"}
-        rest = " or ".join(PLAIN_NAMES[m] for m in COST_ORDER[:-1] if m in answers and m not in won)
-        if rest:
+        if rest := " or ".join(PLAIN_NAMES[m] for m in COST_ORDER[:-1] if m in answers and m not in won):
             return f"fine-tuning comes out first, but not clearly: {score}, not shown to be better than {rest}."
         clear = all(c.accuracy_delta_ci95[0] >= margin for c in won.values())
         opening = "fine-tuning is worth it" if clear else "fine-tuning comes out first"
         return f"{opening}: {score}, shown to be better than every cheaper method run."
-    place = "no other method run is right on more of those"
-    if choice.shown:
-        whom = PLAIN_NAMES[choice.best] if choice.ahead else "the best"
-        place = f"shown to be at most {_points(margin)} behind {whom}"
+    behind = f"shown to be at most {_points(margin)} behind {PLAIN_NAMES[choice.best] if choice.ahead else 'the best'}"
+    place = behind if choice.shown else "no other method run is right on more of those"
     served = "; its model is published and ready to be served" * (method == "embedding_logreg" and "lora" in answers)
     return f"{_opening(choice, answers)}{score}, {place}{served}."
 
 
-def _opening(choice: Choice, answers: Mapping[str, MethodAnswers]) -> str:
+def _opening(choice: Choice, answers: Answers) -> str:
     """What dearer methods are for, beside the one recommended."""
     dearer = {other for other in answers if COST_ORDER.index(other) > COST_ORDER.index(choice.method)}
     prompts = {other for other in dearer if other.endswith("_prompt") and not choice.method.endswith("_prompt")}
@@ -116,9 +112,7 @@ def _opening(choice: Choice, answers: Mapping[str, MethodAnswers]) -> str:
     return " and ".join(said) + ": " * bool(said)
 
 
-def _too_few_rows(
-    trial: PairedComparison, margin: float, answers: Mapping[str, MethodAnswers], test_share: float
-) -> str:
+def _too_few_rows(trial: PairedComparison, margin: float, answers: Answers, test_share: float) -> str:
     """One sentence: why the pair is undecided, and what would decide it (test rows, and the file that has so many)."""
     cheaper, dearer = PLAIN_NAMES[trial.candidate], PLAIN_NAMES[trial.baseline]
     seen = _side_by_side(trial, answers)
@@ -129,10 +123,8 @@ def _too_few_rows(
     if falls_short(trial, margin):
         return f"{cheaper} is shown to fall short of {dearer}: {seen}."
     if trial.accuracy_delta <= -margin:
-        return (
-            f"so far {cheaper} falls short of {dearer}: {seen}; that is no less than the margin, so do not count on "
-            f"more rows to make it good enough, though {trial.n:,} cannot rule it out."
-        )
+        rest = "that is no less than the margin, so do not count on more rows to make it good enough"
+        return f"so far {cheaper} falls short of {dearer}: {seen}; {rest}, though {trial.n:,} cannot rule it out."
     if trial.n_fixed == trial.n_broken == 0:
         seen = f"on {_rows_of(trial)} the two never differed in what they had right, which says little"
     text = f"there are too few rows to show that {cheaper} is at most {_points(margin)} behind {dearer}: {seen}"
@@ -168,7 +160,7 @@ def _two_figures(rows: float) -> float:
     return float(ceil(round(rows / unit, 9)) * unit)
 
 
-def _side_by_side(trial: PairedComparison, answers: Mapping[str, MethodAnswers]) -> str:
+def _side_by_side(trial: PairedComparison, answers: Answers) -> str:
     mine, theirs = shares_right(answers[trial.candidate], answers[trial.baseline])
     return f"{100 * mine:.1f} % against {100 * theirs:.1f} % of {_rows_of(trial)}{_may_be(trial)}"
 

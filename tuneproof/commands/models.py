@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -32,18 +32,14 @@ def predict(
     model: ModelOrAlias,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, the lines of standard input.")] = None,
     file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Start a job on a CSV or TSV.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A job labels this CSV or TSV.")
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Of that file: name or 0-based index.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="See that job through and download its predictions.")] = False,
-    output: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="To here; predictions-JOB.csv here by default.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="To here, not predictions-JOB.csv.")] = None,
     top_k: Annotated[int | None, typer.Option(help="How many probabilities: JSON has 3, a file none.")] = None,
     min_confidence: Annotated[float, typer.Option(help="Below it the label is left open.")] = 0.0,
-    target_precision: Annotated[
-        float | None, typer.Option(help="Have the server pick the least confidence that was right so often.")
-    ] = None,
+    target_precision: Annotated[float | None, typer.Option(help="Have it picked, to be right so often.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per text.")] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -75,26 +71,23 @@ def predict(
     if not texts and sys.stdin.isatty():
         raise typer.BadParameter("Give texts as arguments, or one a line on standard input.")
     waiting, note = iter(texts) if texts else _lines(), None
-    if (first := next(waiting, None)) is None:
-        raise typer.BadParameter("There are no texts: standard input is empty.")
-    waiting = chain([first], waiting)
     answer: Answer | None = None
     with connect(url, api_key) as client:
         while batch := list(islice(waiting, TEXTS_PER_CALL)):
             asked = [text for text in batch if text.strip()]
             if asked or answer is None:
                 answer = client.predict(
-                    answer.model_id if answer else model,
-                    asked or ["?"],  # so that it is known which version answers, before a blank line is printed
-                    top_k=3 if top_k is None else top_k,
-                    min_confidence=min_confidence,
-                    target_precision=target_precision,
-                )
+                    # A text in any case: it is known then which version answers, before a blank line is printed.
+                    answer.model_id if answer else model, asked or ["?"], top_k=3 if top_k is None else top_k,
+                    min_confidence=min_confidence, target_precision=target_precision,
+                )  # fmt: skip
                 if answer.threshold and note != (note := answer.threshold.note):
                     err.print(note)
             predictions = iter(answer.predictions)
             for text in batch:
                 _print_answer(text, next(predictions) if text.strip() else None, answer, as_json)
+    if answer is None:
+        raise typer.BadParameter("There are no texts: standard input is empty.")
 
 
 def _print_answer(text: str, prediction: Prediction | None, answer: Answer, as_json: bool) -> None:

@@ -77,9 +77,7 @@ class Transport:
         if creates:
             options["headers"] = {"Idempotency-Key": creates if isinstance(creates, str) else str(uuid.uuid4())}
         timeout = httpx.Timeout(self._timeout_seconds, read=self._timeout_seconds + wait_seconds)
-        attempts = self.attempts()
-        if retry_seconds is not None:
-            attempts = Attempts(self.url, retry_seconds, met=True, to_the_end=True)
+        attempts = self.attempts() if retry_seconds is None else Attempts(self.url, retry_seconds, met=True)
         while True:
             try:
                 response = self.http.request(method, path, timeout=timeout, **options)
@@ -88,7 +86,7 @@ class Transport:
                     return response
                 raise refusal(response)
             except (httpx.RequestError, TuneproofError) as error:
-                pause_seconds = attempts.pause(error)
+                pause_seconds = attempts.pause(error, to_the_end=retry_seconds is not None)
             time.sleep(pause_seconds)
 
     def pages(self, kind: type[R], path: str, limit: int | None, asked: Mapping[str, Any] | None = None) -> Iterator[R]:
