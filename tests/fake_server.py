@@ -30,7 +30,11 @@ JOB: dict[str, Any] = {
     "metadata": {},
     "summary": {
         "headline": "embedding_logreg is as good as it gets [here]",
-        "recommendation": {"method": "embedding_logreg", "reason": "Nothing beats it.", "margin": 0.02},
+        "recommendation": {
+            "method": "embedding_logreg",
+            "reason": "Nothing beats it; set `seed` to 1.",
+            "margin": 0.02,
+        },
         "methods": {
             "zero_shot_similarity": {"accuracy": 0.5, "macro_f1": 0.4, "on": "baseline_subset", "model_id": None},
             "embedding_logreg": {"accuracy": 0.9, "macro_f1": 0.88, "on": "test", "model_id": "mdl_probe"},

@@ -29,7 +29,7 @@ class Attempts:
     def __init__(self, url: str, seconds: float, *, met: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self._url, self._seconds, self._met, self._clock = url, seconds, met, clock
         self._failures = 0
-        self._heard = False
+        self._heard = self._ending = False
         self._first_failure: float | None = None
 
     @property
@@ -37,8 +37,10 @@ class Attempts:
         """Whether an earlier attempt may have done its work, though its answer was lost."""
         return self._heard
 
-    def pause(self, error: httpx.RequestError | TuneproofError) -> float:
+    def pause(self, error: httpx.RequestError | TuneproofError, *, to_the_end: bool = False) -> float:
         """Seconds to wait before the next attempt, never fewer than the server asked for.
+
+        `to_the_end` makes one exception: the last attempt is at the end of the time.
 
         Raises:
             TuneproofError: another attempt is of no use, or the time is over.
@@ -57,7 +59,10 @@ class Attempts:
         self._met = self._met or reached
         self._heard = self._heard or (reached and problem.status in (None, 502, 504))
         give_up_at = self._first_failure + (self._seconds if self._met else min(self._seconds, FIRST_CONTACT_SECONDS))
-        if not _may_pass(error, problem) or now + wait > give_up_at:
+        late = now + wait > give_up_at
+        if late and to_the_end and not self._ending and now < give_up_at:
+            wait, late, self._ending = give_up_at - now, False, True
+        if late or not _may_pass(error, problem):
             raise problem from (None if problem is error else error)
         return wait
 

@@ -79,10 +79,12 @@ def csv_of(frame: pd.DataFrame) -> bytes:
 def _whole(column: pd.Series[Any]) -> pd.Series[Any]:
     """1 and 2 where a missing one made pandas keep them as 1.0 and 2.0."""
     there = column.dropna()
-    if column.dtype.kind != "f" or not 0 < len(there) < len(column):
+    if not 0 < len(there) < len(column) or not all(isinstance(value, float) for value in there.tolist()):
         return column
-    whole = ((there % 1 == 0) & (there.abs() < 2**53)).all()  # beyond, a float holds no longer every whole number
-    return column.astype("Int64") if whole else column
+    numbers = column.astype("float64")
+    # From 2**53 on, a float no longer holds every whole number.
+    whole = ((numbers % 1 == 0) & (numbers.abs() < 2**53))[column.notna()].all()
+    return numbers.astype("Int64") if whole else column
 
 
 def form_fields(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def read_predictions(content: bytes) -> pd.DataFrame:
         if column in ("row_id", "in_baseline_subset"):
             frame[column] = frame[column].astype("int64")
         elif column.endswith(("confidence", "_label_probability")) or column.startswith("probability_"):
-            frame[column] = pd.to_numeric(frame[column].mask(frame[column] == ""))
+            frame[column] = pd.to_numeric(frame[column].mask(frame[column] == "")).astype("float64")
         elif column not in ("split", "text") and not column.endswith("_raw"):
             frame[column] = frame[column].mask(frame[column] == "")
     return frame.astype({"in_baseline_subset": bool}) if "in_baseline_subset" in frame else frame

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
 
 from service.ml.evidence import Ids, PairedComparison, Rows, beats, compare, holm, withhold
 
@@ -34,18 +37,10 @@ class MethodAnswers:
     subset_text_ids: Ids | None = None
 
 
-@dataclass(frozen=True)
-class SharedRows:
-    """The largest rows two methods were both run on: which those are, the truth, both answers, the texts."""
-
-    on: Rows
-    true_ids: Ids
-    ids: Ids
-    other_ids: Ids
-    text_ids: Ids | None
+Answers: TypeAlias = Mapping[str, MethodAnswers]
 
 
-def compare_all(answers: Mapping[str, MethodAnswers], n_labels: int, seed: int) -> list[PairedComparison]:
+def compare_all(answers: Answers, n_labels: int, seed: int) -> list[PairedComparison]:
     """The dearest method against every cheaper one, and every method against `majority`; Holm over all of them.
 
     Fixed before any answer is seen, and few, so that the correction costs little power. Each pair is compared on the
@@ -60,36 +55,31 @@ def compare_all(answers: Mapping[str, MethodAnswers], n_labels: int, seed: int) 
     return withhold(found, unproven(answers, found))
 
 
-def compare_methods(
-    answers: Mapping[str, MethodAnswers], candidate: str, baseline: str, n_labels: int, seed: int
-) -> PairedComparison:
-    rows = shared_rows(answers[candidate], answers[baseline])
-    return compare(
-        candidate, baseline, rows.on, rows.true_ids, rows.ids, rows.other_ids, n_labels, seed, text_ids=rows.text_ids
-    )
+def compare_methods(answers: Answers, candidate: str, baseline: str, n_labels: int, seed: int) -> PairedComparison:
+    on, true_ids, text_ids, (ids, other_ids) = rows_of(answers[candidate], answers[baseline])
+    return compare(candidate, baseline, on, true_ids, ids, other_ids, n_labels, seed, text_ids=text_ids)
 
 
-def shared_rows(one: MethodAnswers, other: MethodAnswers) -> SharedRows:
-    if one.test_ids is not None and other.test_ids is not None:
-        return SharedRows("test", one.test_true_ids, one.test_ids, other.test_ids, one.test_text_ids)
-    return SharedRows("baseline_subset", one.subset_true_ids, one.subset_ids, other.subset_ids, one.subset_text_ids)
+def rows_of(*sides: MethodAnswers) -> tuple[Rows, Ids, Ids | None, list[Ids]]:
+    """The largest rows that all of these were run on: which those are, the truth, the texts, the answers of each."""
+    own, whole = sides[0], [side.test_ids for side in sides if side.test_ids is not None]
+    if len(whole) == len(sides):
+        return "test", own.test_true_ids, own.test_text_ids, whole
+    return "baseline_subset", own.subset_true_ids, own.subset_text_ids, [side.subset_ids for side in sides]
 
 
-def own_rows(own: MethodAnswers) -> tuple[Ids, Ids, Ids | None]:
-    """The truth, the answers and the texts of all rows a method was run on."""
-    if own.test_ids is None:
-        return own.subset_true_ids, own.subset_ids, own.subset_text_ids
-    return own.test_true_ids, own.test_ids, own.test_text_ids
+def shares_right(*sides: MethodAnswers) -> list[float]:
+    """Of each, on the rows that all of these were run on."""
+    _, true_ids, _, given = rows_of(*sides)
+    return [float(np.mean(true_ids == ids)) for ids in given]
 
 
-def unproven(answers: Mapping[str, MethodAnswers], comparisons: Sequence[PairedComparison]) -> set[str]:
+def unproven(answers: Answers, comparisons: Sequence[PairedComparison]) -> set[str]:
     """Methods not shown to beat a constant answer: by the verdicts against `majority`.
 
     Where that was not run, the constant is the most common true label of a method's own rows (exact McNemar, 0.05).
     """
     if "majority" in answers:
         return {c.candidate for c in comparisons if c.baseline == "majority" and c.verdict != "candidate_wins"}
-    alone = {method: own_rows(own) for method, own in answers.items()}
-    return {
-        method for method, (true_ids, ids, text_ids) in alone.items() if not beats(true_ids, ids, text_ids=text_ids)
-    }
+    alone = {method: rows_of(own) for method, own in answers.items()}
+    return {m for m, (_, true_ids, texts, ids) in alone.items() if not beats(true_ids, ids[0], text_ids=texts)}

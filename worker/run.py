@@ -49,11 +49,11 @@ from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Answerer, Prompted, PromptedModel, Similarity, draw_examples
 from worker.metrics import score
 from worker.predictions import Predictions
-from worker.prepare import NOT_PROMPTED, Prepared, prepare
+from worker.prepare import NOT_PROMPTED, prepare
 from worker.progress import Reporter
 from worker.report import render
 from worker.saved import Saveable, Served, save_and_serve
-from worker.verdict import headline, recommend
+from worker.verdict import judge
 
 if TYPE_CHECKING:
     from worker.methods.remote import RemoteModel
@@ -122,8 +122,7 @@ class Experiment:
         table_format = TableFormat(**self.job.table) if self.job.table else profile(file, UploadOptions()).format
         models_dir = Path(self.job.models_dir) if self.job.models_dir else None
         spec = JobSpec.model_validate(self.job.spec)
-        ready = prepare(spec, file, table_format, models_dir, self.device, self._say)
-        self.ready: Prepared = ready
+        self.ready = ready = prepare(spec, file, table_format, models_dir, self.device, self._say)
         self.spec, self.table, self.split = ready.spec, ready.table, ready.split
         self.reporter.leave_out(baseline=not spec.runs_baselines, train=not (spec.trains or spec.learning_curve))
         self.train, self.validation, self.test = (
@@ -167,10 +166,9 @@ class Experiment:
         for i, name in enumerate(methods):
             on_progress = self.reporter.part(i / len(methods), (i + 1) / len(methods))
             on_progress(0.0, name)
-            if name == "majority":
-                self._predict_all(name, Majority().fit(self.train, self.validation, on_progress), on_progress)
-            elif name == "tfidf_logreg":
-                self._predict_all(name, TfidfLogreg().fit(self.train, self.validation, on_progress), on_progress)
+            if name in ("majority", "tfidf_logreg"):
+                method = Majority() if name == "majority" else TfidfLogreg()
+                self._predict_all(name, method.fit(self.train, self.validation, on_progress), on_progress)
             elif name == "embedding_logreg":
                 fitted = EmbeddingLogreg(self.base).fit(self.train, self.validation, on_progress)
                 folder = self.folder / "models" / name
@@ -183,8 +181,7 @@ class Experiment:
                 model = PromptedModel(self.ready.prompt_model, self.device, self.spec.baseline.decoding)
                 self._prompt(model, on_progress)
             else:
-                described = self.spec.baseline.label_descriptions
-                similarity = Similarity(self.base, self.table.labels, described)
+                similarity = Similarity(self.base, self.table.labels, self.spec.baseline.label_descriptions)
                 self._predict_all("zero_shot_similarity", similarity, on_progress)
 
     def _prompt(self, model: Answerer, on_progress: OnProgress) -> None:
@@ -215,19 +212,16 @@ class Experiment:
 
     def _fine_tune(self) -> None:
         recipe = LoraRecipe.of(self.spec.train, self.spec.seed)
-        on_event = self.reporter.event
-        lora = Lora(self.base, recipe, self.folder / "checkpoints", self.reporter.checkpoint, on_event)
+        lora = Lora(self.base, recipe, self.folder / "checkpoints", self.reporter.checkpoint, self.reporter.event)
         on_progress = self.reporter.part(0.0, main_part(self.spec.learning_curve))
         trained = lora.fit(self.train, self.validation, on_progress)
         self.training = trained.facts()
         checkpointing = {"gradient_checkpointing": trained.state.gradient_checkpointing}
         self.spec = self.spec.model_copy(update={"train": self.spec.train.model_copy(update=checkpointing)})
         self.reporter.spec(self.spec.model_dump())
-        if trained.truncated_texts:
-            self._say(
-                f"{trained.truncated_texts} texts of train and validation are longer than {recipe.max_length} tokens; "
-                "what lies beyond was not read.", "warning",
-            )  # fmt: skip
+        if n := trained.truncated_texts:
+            longer = f"{n} texts of train and validation are longer than {recipe.max_length} tokens"
+            self._say(f"{longer}; what lies beyond was not read.", "warning")
         self.lora = self._saved("lora", trained, self.out / "adapter", recipe.precision, on_progress)
         self._publish("lora", self.out / "adapter")
         (self.out / MANIFEST).write_bytes((self.out / "adapter" / MANIFEST).read_bytes())
@@ -265,12 +259,9 @@ class Experiment:
 
     def _predict_all(self, name: str, predictor: Predictor, on_progress: OnProgress) -> None:
         test = predictor.predict(self.test.texts, on_progress)
-        if isinstance(predictor, Served):
-            validation = predictor.validation
-        else:
-            validation = predictor.predict(self.validation.texts, on_progress)
-        subset = test.take(self.ready.subset)
-        self.answers[name] = {"test": test, "validation": validation, "baseline_subset": subset}
+        texts = self.validation.texts
+        validation = predictor.validation if isinstance(predictor, Served) else predictor.predict(texts, on_progress)
+        self.answers[name] = {"test": test, "validation": validation, "baseline_subset": test.take(self.ready.subset)}
 
     def _evaluate(self) -> dict[str, Any]:
         """Writes figures, predictions and report; gives the job's summary."""
@@ -294,17 +285,16 @@ class Experiment:
         comparisons = compare_all(judged, len(labels), self.spec.seed)
         split = self.split
         test_share = len(split.test) / (len(split.train) + len(split.validation) + len(split.test))
-        recommendation = recommend(judged, comparisons, self.spec.margin, len(labels), self.spec.seed, test_share)
+        headline, recommendation = judge(judged, comparisons, self.spec.margin, len(labels), self.spec.seed, test_share)
         metrics = self._figures(methods, [asdict(comparison) for comparison in comparisons])
         summary = {
-            "headline": headline(recommendation, judged, comparisons),
+            "headline": headline,
             "recommendation": asdict(recommendation) | {"reason": f"{recommendation.reason}{self._untested()}"},
             "methods": {name: _brief(parts) for name, parts in methods.items()},
         }
         write_json(self.out / "metrics.json", metrics)
         write_predictions(self.out / "predictions.csv", self.table, self.split, subset, answers)
-        changed = flips(self.table, self.split, subset, answers, comparisons)
-        write_flips(self.out / "flips.csv", changed)
+        write_flips(self.out / "flips.csv", changed := flips(self.table, self.split, subset, answers, comparisons))
         notes = {
             "job_name": self.spec.name or self.job.job_id, "dataset_name": self.job.dataset.get("name", "dataset"),
             "warnings": self.job.dataset.get("warnings", []), "messages": self.messages,

@@ -11,6 +11,7 @@ Kind = Literal["experiment", "train", "baseline", "predict"]
 BaselineMethod = Literal["majority", "tfidf_logreg", "embedding_logreg", "zero_shot"]
 Decoding = Literal["free", "constrained"]
 MAX_SEED = 2**32 - 1
+MOST_PROMPTED = 10_000
 OF_EVERY_JOB = {"kind", "name", "dataset_id", "metadata", "webhook_url"}
 OF_PREDICT = {"model", "top_k", "min_confidence"}
 
@@ -46,7 +47,7 @@ class BaselineSpec(_Part):
     methods: list[BaselineMethod] = Field(
         default=["majority", "tfidf_logreg", "embedding_logreg", "zero_shot"], min_length=1, max_length=4
     )
-    sample_size: Annotated[int, Field(ge=10, le=10_000)] = 300
+    sample_size: Annotated[int, Field(ge=10, le=MOST_PROMPTED)] = 300
     prompt_model: Annotated[str, Field(min_length=1, max_length=200)] = "auto"
     prompt_template: Annotated[str, Field(min_length=1, max_length=20_000)] | None = None
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0

@@ -25,7 +25,7 @@ from worker.compare import MethodAnswers, compare_all, unproven
 from worker.metrics import score
 from worker.predictions import Predictions
 from worker.report import render
-from worker.verdict import headline, recommend
+from worker.verdict import judge
 
 SHARES = {"train": 0.5, "validation": 0.1, "test": 0.4}
 SERVED = ("embedding_logreg", "lora")
@@ -99,7 +99,7 @@ def leave(
         for method, parts in answers.items()
     }
     comparisons = compare_all(judged, K, 42)
-    recommendation = recommend(judged, comparisons, 0.02, K, 42, 0.1)
+    headline, recommendation = judge(judged, comparisons, 0.02, K, 42, 0.1)
     metrics = {
         "schema_version": 1, "job_id": "", "labels": list(labels), "methods": figures,
         "dataset": {"id": dataset.id, "sha256": dataset.sha256, "n_rows": n},
@@ -127,7 +127,7 @@ def leave(
     served = [model(method, labels=list(labels)) for method in SERVED if method in answers and kind != "baseline"]
     ids = {made.method: made.id for made in served}
     summary = {
-        "headline": headline(recommendation, judged, comparisons),
+        "headline": headline,
         "recommendation": asdict(recommendation),
         "methods": {
             method: {"accuracy": of["accuracy"], "macro_f1": of["macro_f1"], "on": on, "model_id": ids.get(method)}

@@ -78,7 +78,7 @@ def test_watch_shows_stage_share_and_time_left_and_then_the_result(server: FakeS
     assert "train       42%  0:01:35 left  F1 0.912  epoch [2]/5" in result.stderr
     assert "Warning: The embedded model was taken." in result.stdout
     assert "zero_shot_similarity 0.500    0.400    baseline_subset" in result.stdout
-    assert "embedding_logreg is as good as it gets [here]\nNothing beats it." in result.stdout
+    assert "embedding_logreg is as good as it gets [here]\nNothing beats it; set seed to 1.\n" in result.stdout
     assert "predict --model mdl_probe 'a text'\n" in result.stdout
     assert result.stdout.endswith("The job's page: http://127.0.0.1:8000/ui/#/job/job_1\n")
 
@@ -134,6 +134,32 @@ def test_a_whole_file_is_labelled_by_a_job_and_its_predictions_are_downloaded(
     assert (tmp_path / "mine.csv").read_bytes() == csv
 
 
+@pytest.mark.parametrize("output", ["missing/dir/x.csv", "."])
+def test_where_nothing_could_be_written_no_job_is_started(
+    server: FakeServer, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = tuneproof_command("predict", "--model", "prod", "--file", str(tickets), "--output", output)
+    assert (result.exit_code, server.requests) == (2, [])
+
+
+def test_where_the_predictions_could_not_be_written_it_is_said_where_they_are(
+    server: FakeServer, tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+
+    def removed(request: httpx.Request) -> httpx.Response:
+        (tmp_path / "there").rmdir()
+        return httpx.Response(200, content=b"row_id\n")
+
+    server.answers |= {"POST /jobs": RUNNING, "GET /jobs/job_1": PREDICTED}
+    server.answers["GET /jobs/job_1/artifacts/predictions.csv"] = removed
+    output = str(tmp_path / "there" / "x.csv")
+    result = tuneproof_command("predict", "--model", "prod", "--file", str(tickets), "--output", output)
+    assert result.exit_code == 2
+    assert "/jobs/job_1/artifacts/predictions.csv" in result.stderr
+
+
 def test_of_a_file_to_label_nothing_is_downloaded_where_the_job_failed(server: FakeServer, tickets: Path) -> None:
     server.answers |= {"POST /jobs": RUNNING, "GET /jobs/job_1": FAILED}
     assert tuneproof_command("predict", "--model", "prod", "--file", str(tickets), "--watch").exit_code == 1
@@ -169,8 +195,21 @@ def test_each_line_of_stdin_has_its_line_in_the_answer_also_a_blank_one(server: 
     server.answers["POST /predict"] = upper
     lines = tuneproof_command("predict", "--model", "prod", "--json", stdin="\n  \na\n\n").stdout.splitlines()
     assert [json.loads(line)["label"] for line in lines] == [None, None, "A", None]
-    assert tuneproof_command("predict", "--model", "prod", stdin=" \n\n").stdout == "\t\t\n\t\t\n"
+    assert json.loads(lines[0]) == dict.fromkeys(json.loads(lines[2])) | {"text": "", "model_id": "mdl_1"}
     assert [json.loads(request.content)["texts"] for request in server.requests] == [["a"]], "blank ones are not sent"
+
+
+def test_blank_lines_alone_are_answered_by_a_model_that_is_there(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "TEXTS_PER_CALL", 2)
+    server.answers["POST /predict"] = upper
+    assert tuneproof_command("predict", "--model", "prod", stdin=" \n\n").stdout == "\t\t\n\t\t\n"
+    lines = tuneproof_command("predict", "--model", "prod", "--json", stdin="\n\n\na\n").stdout.splitlines()
+    assert {json.loads(line)["model_id"] for line in lines} == {"mdl_1"}, "not the alias"
+    assert len({frozenset(json.loads(line)) for line in lines}) == 1, "the same keys"
+    server.answers["POST /predict"] = problem(404, "not_found")
+    assert tuneproof_command("predict", "--model", "gone", stdin="\n\n").exit_code == 2
 
 
 def test_nothing_on_stdin_is_wrong_usage(server: FakeServer) -> None:
@@ -213,7 +252,7 @@ def test_a_job_is_looked_at_cancelled_and_tried_again(server: FakeServer) -> Non
         "POST /jobs/job_1/retry": JOB | {"status": "queued", "terminal": False, "progress": {"fraction": 0.0}},
     }
     assert tuneproof_command("status", "job_1").stdout == "job_1 is running, 42% done: epoch [2]/5\n"
-    assert "Nothing beats it." in tuneproof_command("status", "job_1").stdout
+    assert "Nothing beats it; set seed to 1." in tuneproof_command("status", "job_1").stdout
     failed = tuneproof_command("status", "job_1")
     assert (failed.exit_code, "It did not fit." in failed.stderr) == (0, True)
     assert json.loads(tuneproof_command("status", "job_1", "--json").stdout) == JOB

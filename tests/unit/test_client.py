@@ -101,6 +101,11 @@ def test_a_frame_goes_as_csv_that_another_reader_gives_back_whole(server: FakeSe
     [
         ([1, 2, None], [b"1", b"2", b'""']),
         ([1.0, 2.5, None], [b"1.0", b"2.5", b'""']),
+        (pd.Series([1.0, 2.0, None], dtype=object), [b"1", b"2", b'""']),
+        (pd.Series([1.0, "2.0", None], dtype=object), [b"1.0", b'"2.0"', b'""']),
+        (pd.Series([1.0, 2.0, None], dtype="category"), [b"1", b"2", b'""']),
+        (pd.Series([1.0, 2.0, None], dtype="float16"), [b"1", b"2", b'""']),
+        (pd.Series([1.0, 2.0, None], dtype="Float64"), [b"1", b"2", b'""']),
         ([1.0, 1e30, None], [b"1.0", b"1e+30", b'""']),
         ([1.0, float("inf"), None], [b"1.0", b"inf", b'""']),
         ([1.0, 2.0, 3.0], [b"1.0", b"2.0", b"3.0"]),
@@ -163,7 +168,7 @@ def test_answers_are_typed_to_the_leaves_and_keep_what_nobody_knows(server: Fake
     assert job.summary
     assert job.summary.methods["lora"].accuracy == 0.89
     assert job.summary.recommendation
-    assert job.summary.recommendation.reason == "Nothing beats it."
+    assert job.summary.recommendation.reason == "Nothing beats it; set `seed` to 1."
     assert (job.created_at.year, job.created_at.utcoffset()) == (2026, pd.Timedelta(0))
     assert job.artifacts[0].name == "metrics.json"
     assert job.served == ("mdl_probe", "embedding_logreg")
@@ -514,6 +519,18 @@ def test_where_the_server_is_away_at_the_end_of_the_wait_it_is_a_timeout_error_t
     assert caught.value.status == 401
 
 
+def test_a_server_that_asks_for_a_longer_pause_than_is_left_is_asked_once_more_at_the_end(
+    server: FakeServer, waits: list[float]
+) -> None:
+    busy = problem(503, "queue_full", "60")
+    server.answers["GET /jobs/job_1"] = iter([busy, JOB])
+    assert server.client().jobs.wait("job_1", timeout_seconds=30).status == "succeeded"
+    server.answers["GET /jobs/job_1"] = iter([busy, busy])
+    with pytest.raises(WaitTimeout, match="has not ended after 30 s"):
+        server.client().jobs.wait("job_1", timeout_seconds=30)
+    assert waits == [pytest.approx(30, abs=1)] * 2, "what is said to have passed has passed"
+
+
 # The stream ---------------------------------------------------------------------------------------
 PROGRESS = {
     "type": "progress",
@@ -649,6 +666,8 @@ def test_a_file_is_labelled_by_a_job_whose_predictions_come_as_a_frame_on_every_
     assert frame["text"].tolist() == ["a", "", "b"]
     assert frame["confidence"].dropna().tolist() == frame["probability_1"].dropna().tolist() == [0.5, 0.25]
     assert frame["label_1"].dropna().tolist() == ["NA", "x"]
+    server.answers["GET /jobs/job_1/artifacts/predictions.csv"] = httpx.Response(200, text=text.splitlines()[0])
+    assert server.client().jobs.predictions("job_1")["confidence"].dtype == "float64"
 
 
 # Both of them -------------------------------------------------------------------------------------

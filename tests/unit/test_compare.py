@@ -10,10 +10,12 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from service.core.spec import JobSpec
 from service.ml.evidence import (
     beats,
     compare,
@@ -22,8 +24,9 @@ from service.ml.evidence import (
     rows_to_exclude,
     same_texts,
 )
+from worker.choice import choose
 from worker.compare import COST_ORDER, MethodAnswers, compare_all
-from worker.verdict import best_method, headline, recommend
+from worker.verdict import judge
 
 K = 4
 MARGIN = 0.02
@@ -68,10 +71,13 @@ def random_answers(accuracies, n, seed=0, on_subset_only=()):
     return found
 
 
-def told(answers, margin=MARGIN):
-    comparisons = compare_all(answers, K, seed=1)
-    recommendation = recommend(answers, comparisons, margin, K, seed=1, test_share=0.1)
-    return recommendation, headline(recommendation, answers, comparisons)
+def told(answers, margin=MARGIN, test_share=0.1):
+    sentence, recommendation = judge(answers, compare_all(answers, K, seed=1), margin, K, seed=1, test_share=test_share)
+    return recommendation, sentence
+
+
+def best_method(answers, margin=MARGIN):
+    return choose(answers, compare_all(answers, K, seed=1), margin, K, seed=1).best
 
 
 # Paired comparison
@@ -359,7 +365,7 @@ def test_the_cheapest_method_shown_to_be_within_the_margin_is_recommended():
         in recommendation.reason
     )
     assert "91.2 % against 92.0 % of 1,000 test rows, in truth perhaps 0.3 to 1.4 points worse" in recommendation.reason
-    assert sentence.startswith("Fine-tuning buys nothing here: TF-IDF with logistic regression is right on 91.2 %")
+    assert sentence.startswith("Fine-tuning gains too little here: TF-IDF with logistic regression is right on 91.2 %")
 
 
 def test_a_difference_that_is_not_significant_is_not_read_as_equal():
@@ -374,6 +380,35 @@ def test_a_difference_that_is_not_significant_is_not_read_as_equal():
     assert sentence.startswith("Fine-tuning comes out first, but not clearly")
 
 
+def test_at_the_number_of_rows_said_to_be_needed_four_experiments_in_five_show_it(monkeypatch):
+    monkeypatch.setattr("worker.compare.compare", partial(compare, resamples=1000))
+    rng, n, fixed, broken = np.random.default_rng(0), 400, 14, 10
+    shares = [fixed / n, broken / n, 1 - (fixed + broken) / n]
+
+    def answers(counts):
+        side = np.repeat([0, 1, 2], counts)  # right on LoRA's side alone, on the cheaper one's alone, on both
+        true_ids = np.zeros(len(side), dtype=np.int64)
+        methods = {"tfidf_logreg": 1 * (side == 0), "lora": 1 * (side == 1)}
+        return {m: MethodAnswers(true_ids, true_ids[:50], ids, ids[:50]) for m, ids in methods.items()}
+
+    reason = told(answers([fixed, broken, n - fixed - broken]))[0].reason
+    needed = int(re.findall(r"about ([\d,]+) test rows would be enough", reason)[0].replace(",", ""))
+    shown = sum(told(answers(counts))[0].method == "tfidf_logreg" for counts in rng.multinomial(needed, shares, 200))
+    assert 0.7 < shown / 200 < 0.95  # where the cheaper one comes out first, it is recommended as well
+
+
+def test_no_more_prompted_rows_are_recommended_than_a_job_may_have():
+    wrong = {"zero_shot_prompt": 23, "lora": 18}
+    answers = answers_of(wrong, n=300, n_subset=300, on_subset_only=("zero_shot_prompt",))
+    reason = told(answers)[0].reason
+    assert "with `baseline.sample_size` at" not in reason
+    found = re.findall(r"to show it would take about ([\d,]+), and a job prompts 10,000 at most\.", reason)
+    assert 10_000 < int(found[0].replace(",", "")) <= 30_000
+    JobSpec.model_validate({"baseline": {"sample_size": 10_000}})
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate({"baseline": {"sample_size": 10_001}})
+
+
 def test_the_number_of_rows_said_to_be_needed_is_enough_for_the_same_figures():
     answers = answers_of({"tfidf_logreg": 13, "lora": 10}, n=200, n_subset=50)
     recommendation, _ = told(answers)
@@ -384,9 +419,9 @@ def test_the_number_of_rows_said_to_be_needed_is_enough_for_the_same_figures():
     needed = int(test_rows.replace(",", ""))
     assert int(file_rows.replace(",", "")) == 10 * needed
     times = -(-needed // 200)
-    assert 1 < times < 20
+    assert 1 < times < 40
     grown = answers_of({"tfidf_logreg": 13 * times, "lora": 10 * times}, n=200 * times)
-    assert recommend(grown, compare_all(grown, K, 1), MARGIN, K, 1, 0.1).method == "tfidf_logreg"
+    assert told(grown)[0].method == "tfidf_logreg"
 
 
 def test_no_number_of_rows_is_promised_where_the_loss_already_reaches_the_margin():
@@ -415,15 +450,33 @@ def test_a_gain_that_may_be_under_the_margin_is_not_called_worth_it():
     assert sentence.startswith("Fine-tuning comes out first: ")
 
 
-def test_a_margin_of_nothing_is_never_shown():
-    recommendation, _ = told(random_answers({"tfidf_logreg": 0.85, "lora": 0.86}, 400, seed=1), margin=0.0)
-    assert recommendation.method == "lora"
-    assert "With a margin of 0, no number of rows can show that TF-IDF" in recommendation.reason
+def test_with_a_margin_of_nothing_the_best_stands_and_equality_is_called_what_cannot_be_shown():
+    recommendation, sentence = told(answers_of({"tfidf_logreg": 40, "lora": 40}, 400), margin=0.0)
+    assert recommendation.method == "tfidf_logreg"
+    assert recommendation.reason == (
+        "No method is right more often than TF-IDF with logistic regression (90.0 % of 400 test rows). TF-IDF with "
+        "logistic regression is not shown to be as good as LoRA fine-tuning: 90.0 % against 90.0 % of 400 test rows; "
+        "with a margin of 0, a method that is equally good can never be shown to be so."
+    )
+    assert sentence.startswith("Fine-tuning is not shown to pay off: ")
+
+
+def test_with_a_margin_of_nothing_a_lead_is_said_to_be_what_more_rows_could_show():
+    recommendation, _ = told(answers_of({"majority": 300, "tfidf_logreg": 40, "lora": 42}, 400), margin=0.0)
+    assert recommendation.method == "tfidf_logreg"
+    assert "is not shown to be as good as LoRA fine-tuning: " in recommendation.reason
+    assert recommendation.reason.endswith("; more rows could show it to be better.")
+
+
+def test_with_a_margin_of_nothing_no_sentence_speaks_of_0_points():
+    for wrong in (38, 40, 42):
+        recommendation, sentence = told(answers_of({"majority": 300, "tfidf_logreg": wrong, "lora": 40}), margin=0.0)
+        assert " 0 percentage" not in recommendation.reason + sentence
 
 
 def test_ten_rows_answered_alike_show_nothing():
     answers = answers_of(
-        {"tfidf_logreg": 4, "zero_shot_prompt": 0, "lora": 6}, n=40, on_subset_only=("zero_shot_prompt",)
+        {"tfidf_logreg": 1, "zero_shot_prompt": 0, "lora": 6}, n=40, on_subset_only=("zero_shot_prompt",)
     )
     same = answers["zero_shot_prompt"].subset_true_ids[:10]
     few = {
@@ -447,8 +500,8 @@ def test_one_text_a_thousand_times_shows_nothing():
     one = {
         m: replace(a, test_text_ids=np.arange(1000) % 100, subset_text_ids=np.arange(300)) for m, a in answers.items()
     }
-    assert recommend(answers, compare_all(answers, K, 1), MARGIN, K, 1, 0.1).method == "tfidf_logreg"
-    recommendation = recommend(one, compare_all(one, K, 1), MARGIN, K, 1, 0.1)
+    assert told(answers)[0].method == "tfidf_logreg"
+    recommendation = told(one)[0]
     assert recommendation.method == "lora"
     assert "of 1,000 test rows (100 distinct texts)" in recommendation.reason
 
@@ -457,7 +510,7 @@ def test_a_few_rows_without_a_difference_are_said_to_say_little_and_no_interval_
     recommendation, _ = told(answers_of({"embedding_logreg": 1, "lora": 1}, n=26, n_subset=26))
     assert recommendation.reason == (
         "No method is right more often than embeddings with logistic regression (96.2 % of 26 test rows). There are "
-        "too few rows to be sure that embeddings with logistic regression is at most 2 percentage points behind LoRA "
+        "too few rows to show that embeddings with logistic regression is at most 2 percentage points behind LoRA "
         "fine-tuning: on 26 test rows the two never differed in what they had right, which says little; with figures "
         "like these, about 190 test rows would be enough, a file of about 1,900 rows."
     )
@@ -473,7 +526,7 @@ def test_a_file_with_test_rows_enough_needs_only_more_of_them_prompted():
 @pytest.mark.parametrize(("test_share", "file_rows"), [(0.1, "1,900"), (0.2, "950"), (0.3, "640")])
 def test_the_file_it_takes_follows_from_the_share_of_test_rows(test_share, file_rows):
     answers = answers_of({"tfidf_logreg": 0, "lora": 0}, n=26, n_subset=26)
-    reason = recommend(answers, compare_all(answers, K, 1), MARGIN, K, 1, test_share).reason
+    reason = told(answers, test_share=test_share)[0].reason
     assert f"about 190 test rows would be enough, a file of about {file_rows} rows." in reason
 
 
@@ -494,10 +547,10 @@ def test_a_cheaper_method_that_comes_out_first_unproven_is_told_with_the_rows_it
     recommendation, sentence = told(answers)
     assert recommendation.method == best_method(answers) == "tfidf_logreg"
     assert (
-        "too few rows to be sure that TF-IDF with logistic regression is at most 2 percentage points behind LoRA"
+        "too few rows to show that TF-IDF with logistic regression is at most 2 percentage points behind LoRA"
         in recommendation.reason
     )
-    assert "about 450 test rows would be enough, a file of about 4,500 rows" in recommendation.reason
+    assert "about 920 test rows would be enough, a file of about 9,200 rows" in recommendation.reason
     assert sentence.startswith("Fine-tuning is not shown to pay off: ")
 
 

@@ -19,7 +19,7 @@ from worker.methods.frozen import fit_probe
 from worker.methods.majority import Majority
 from worker.methods.protocol import Rows
 from worker.methods.tfidf_logreg import TfidfLogreg
-from worker.verdict import Recommendation, headline, recommend
+from worker.verdict import Recommendation, judge
 
 K, MARGIN, PROMPTED = 4, 0.02, 300
 LABELS = LabelSet(tuple("abcd"))
@@ -42,7 +42,7 @@ class Told:
 
     @property
     def says_fine_tuning_buys_nothing(self) -> bool:
-        return "buys nothing" in self.headline.lower() or "No method pays off" in self.headline
+        return any(words in self.headline for words in ("buys nothing", "gains too little", "No method pays off"))
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def experiment(
         for name, given in ids.items()
     }
     comparisons = compare_all(answers, K, seed)
-    recommendation = recommend(answers, comparisons, MARGIN, K, seed, 0.1)
-    return Told(comparisons, recommendation, headline(recommendation, answers, comparisons))
+    headline, recommendation = judge(answers, comparisons, MARGIN, K, seed, 0.1)
+    return Told(comparisons, recommendation, headline)
 
 
 def at_chance(

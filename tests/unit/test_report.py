@@ -10,7 +10,7 @@ from worker.compare import MethodAnswers, compare_all, unproven
 from worker.metrics import score
 from worker.predictions import Predictions
 from worker.report import MATRIX_LIMIT, most_confused, render
-from worker.verdict import headline, recommend
+from worker.verdict import judge
 
 HOSTILE = '<script>alert("1")</script>" onmouseover="alert(2)'
 VOID = {"meta", "link", "rect", "br"}
@@ -67,7 +67,7 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
             methods[method] |= {"test": score(predictions, true_ids, labels)}
         answers[method] = MethodAnswers(true_ids, true_ids[half], None if prompted else ids, ids[half])
     comparisons = compare_all(answers, K, 0)
-    recommendation = recommend(answers, comparisons, 0.02, K, 0, 0.1)
+    headline, recommendation = judge(answers, comparisons, 0.02, K, 0, 0.1)
     metrics = {
         "schema_version": 1,
         "job_id": "job_1",
@@ -95,7 +95,7 @@ def job(accuracies, labels=("refund", "other", "fee"), n=120):
         "environment": {"python": "3.11.7", "libraries": {"torch": "2.13.0", "peft": "0.21.0"}},
     }
     summary = {
-        "headline": headline(recommendation, answers, comparisons),
+        "headline": headline,
         "recommendation": asdict(recommendation),
         "methods": {},
     }
@@ -134,6 +134,14 @@ def test_the_verdict_comes_before_every_table_and_all_parts_follow():
     places = [Page(html).text.find(part) for part in parts]
     assert -1 not in places
     assert places == sorted(places)
+
+
+def test_what_is_to_be_typed_stands_as_code_and_no_backtick_is_shown():
+    metrics, summary, notes = job(USUAL)
+    summary["recommendation"]["reason"] = "Too few: set `baseline.sample_size` to 190 <b>."
+    html = render(metrics, summary, notes | {"messages": ["Fetch one with `tuneproof models pull x`."]})
+    assert "<p>Too few: set <code>baseline.sample_size</code> to 190 &lt;b&gt;.</p>" in html
+    assert "<li>Fetch one with <code>tuneproof models pull x</code>.</li>" in html
 
 
 def test_labels_names_and_messages_cannot_become_markup():

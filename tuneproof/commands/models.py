@@ -1,9 +1,10 @@
 """Models, what they are called, and what they say to texts; datasets beside them."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from tuneproof.commands.jobs import show_started, watch_job
 from tuneproof.commands.options import EXIT_CODES, AliasName, ApiKey, AsJson, Limit, ModelId, ModelOrAlias, Url, connect
 from tuneproof.commands.show import err, out, plain_table, print_json, print_table, score
 from tuneproof.processes import become
-from tuneproof.results import Prediction
+from tuneproof.results import Answer, Prediction
 from tuneproof.sync.client import DEFAULT_URL
 
 TEXTS_PER_CALL = 128
@@ -31,16 +32,14 @@ def predict(
     model: ModelOrAlias,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, the lines of standard input.")] = None,
     file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, readable=True, help="Start a job on a CSV or TSV.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A job labels this CSV or TSV.")
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="Of that file: name or 0-based index.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="See that job through and download its predictions.")] = False,
-    output: Annotated[Path | None, typer.Option(help="To here; predictions-JOB.csv here by default.")] = None,
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="To here, not predictions-JOB.csv.")] = None,
     top_k: Annotated[int | None, typer.Option(help="How many probabilities: JSON has 3, a file none.")] = None,
     min_confidence: Annotated[float, typer.Option(help="Below it the label is left open.")] = 0.0,
-    target_precision: Annotated[
-        float | None, typer.Option(help="Have the server pick the least confidence that was right so often.")
-    ] = None,
+    target_precision: Annotated[float | None, typer.Option(help="Have it picked, to be right so often.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per text.")] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -53,12 +52,17 @@ def predict(
     if file is not None:
         if texts or target_precision is not None:
             raise typer.BadParameter("--file goes with neither texts nor --target-precision.")
+        folder = (output or Path("predictions.csv")).parent
+        if (watch or output) and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise typer.BadParameter(f"Expected a folder that can be written to, found none at {folder.absolute()}.")
         with connect(url, api_key) as client:
             job = client.jobs.predict(model, file, top_k=top_k, min_confidence=min_confidence, text_column=text_column)
             if not (watch or output):
                 show_started(client, job, as_json)
                 return
             watch_job(client, job.id, as_json)
+            # Said before: a disk that is full takes nothing from who knows where they are.
+            err.print(f"The predictions are at {client.url}/jobs/{job.id}/artifacts/predictions.csv")
             saved = client.jobs.download(job.id, "predictions.csv", output or f"predictions-{job.id}.csv")
         err.print(f"{saved} holds every row.")
         return
@@ -67,31 +71,29 @@ def predict(
     if not texts and sys.stdin.isatty():
         raise typer.BadParameter("Give texts as arguments, or one a line on standard input.")
     waiting, note = iter(texts) if texts else _lines(), None
-    if (first := next(waiting, None)) is None:
-        raise typer.BadParameter("There are no texts: standard input is empty.")
-    waiting = chain([first], waiting)
+    answer: Answer | None = None
     with connect(url, api_key) as client:
         while batch := list(islice(waiting, TEXTS_PER_CALL)):
-            predictions: Iterator[Prediction] = iter(())
-            if asked := [text for text in batch if text.strip()]:
+            asked = [text for text in batch if text.strip()]
+            if asked or answer is None:
                 answer = client.predict(
-                    model,
-                    asked,
-                    top_k=3 if top_k is None else top_k,
-                    min_confidence=min_confidence,
-                    target_precision=target_precision,
-                )
-                model, predictions = answer.model_id, iter(answer.predictions)
+                    # A text in any case: it is known then which version answers, before a blank line is printed.
+                    answer.model_id if answer else model, asked or ["?"], top_k=3 if top_k is None else top_k,
+                    min_confidence=min_confidence, target_precision=target_precision,
+                )  # fmt: skip
                 if answer.threshold and note != (note := answer.threshold.note):
                     err.print(note)
+            predictions = iter(answer.predictions)
             for text in batch:
-                _print_answer(text, next(predictions) if text.strip() else None, model, as_json)
+                _print_answer(text, next(predictions) if text.strip() else None, answer, as_json)
+    if answer is None:
+        raise typer.BadParameter("There are no texts: standard input is empty.")
 
 
-def _print_answer(text: str, prediction: Prediction | None, model: str, as_json: bool) -> None:
+def _print_answer(text: str, prediction: Prediction | None, answer: Answer, as_json: bool) -> None:
     if as_json:
-        found = {"label": None, "confidence": None} if prediction is None else prediction.raw
-        typer.echo(json.dumps({"text": text, **found, "model_id": model}, ensure_ascii=False))
+        found = prediction.raw if prediction else dict.fromkeys(answer.predictions[0].raw)
+        typer.echo(json.dumps({"text": text, **found, "model_id": answer.model_id}, ensure_ascii=False))
     elif prediction is None:
         typer.echo("\t\t")
     else:  # one line each, whatever white space a text holds
@@ -160,7 +162,7 @@ def datasets(limit: Limit = 20, as_json: AsJson = False, url: Url = DEFAULT_URL,
 
 
 def _lines() -> Iterator[str]:
-    """The lines of standard input that hold more than white space, whatever the locale takes bytes for."""
+    """The lines of standard input, blank ones too: UTF-8, whatever the locale takes bytes for."""
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")

@@ -95,7 +95,7 @@ def show_result(job: Job, warnings: Iterable[str] = ()) -> None:
         out.print(counts, soft_wrap=False)
     out.print(f"\n{job.summary.headline}", style="bold")
     if job.summary.recommendation:
-        out.print(job.summary.recommendation.reason)
+        out.print(job.summary.recommendation.reason.replace("`", ""))
 
 
 def complain(error: TuneproofError) -> None:

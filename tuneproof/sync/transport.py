@@ -71,7 +71,7 @@ class Transport:
             creates: Something new, which a repeated request must not create twice: True, or an idempotency key.
             done: The status by which a repeated request learns that an earlier one, whose answer was lost, was heard.
             wait_seconds: How long the server may think before it answers, beyond the time-out of a plain call.
-            retry_seconds: In place of the client's own; then also where nothing has ever answered.
+            retry_seconds: In place of the client's own; then also where nothing has ever answered, and to the end.
             options: As `httpx` takes them.
         """
         if creates:
@@ -86,7 +86,7 @@ class Transport:
                     return response
                 raise refusal(response)
             except (httpx.RequestError, TuneproofError) as error:
-                pause_seconds = attempts.pause(error)
+                pause_seconds = attempts.pause(error, to_the_end=retry_seconds is not None)
             time.sleep(pause_seconds)
 
     def pages(self, kind: type[R], path: str, limit: int | None, asked: Mapping[str, Any] | None = None) -> Iterator[R]:
