@@ -31,15 +31,17 @@ app.add_typer(models, name="models", rich_help_panel=PANEL, epilog=EXIT_CODES)
 def predict(
     model: ModelOrAlias,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, the lines of standard input.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A job labels this CSV or TSV.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Start a job on a CSV or TSV.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Of that file: name or 0-based index.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="See that job through and download its predictions.")] = False,
-    output: Annotated[Path | None, typer.Option(dir_okay=False, help="To here, not predictions-JOB.csv.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="To here; predictions-JOB.csv by default.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="How many probabilities: JSON has 3, a file none.")] = None,
     min_confidence: Annotated[float, typer.Option(help="Below it the label is left open.")] = 0.0,
-    target_precision: Annotated[float | None, typer.Option(help="Have it picked, to be right so often.")] = None,
+    target_precision: Annotated[
+        float | None, typer.Option(help="Have it picked so that answers are right so often.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per text.")] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
