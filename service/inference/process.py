@@ -323,6 +323,7 @@ def main(arguments: list[str]) -> NoReturn:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not stand between the answers
     torch.set_num_threads(given["threads"] or max(1, (os.cpu_count() or 2) // 2))
+    torch.get_num_threads()  # takes it over for this thread; what a loader sets for its own would be taken otherwise
     limits = Limits(given["device"], given["dtype"], given["memory_bytes"], given["adapter_bytes"])
     models_dir = Path(given["models_dir"]) if given["models_dir"] else None
     storage = Storage(given["storage_url"])

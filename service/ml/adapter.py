@@ -46,22 +46,22 @@ class Layout:
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int, int, int]]:
-        """By layer: where its numbers begin, its rank, inputs, outputs."""
-        places, start = {}, 0
-        for name, rank, n_in, n_out in self.layers:
-            places[name] = (start, rank, n_in, n_out)
-            start += rank * (n_in + n_out)
-        return places
+        """By layer: which it is, its rank, inputs, outputs."""
+        return {name: (i, rank, n_in, n_out) for i, (name, rank, n_in, n_out) in enumerate(self.layers)}
 
-    def pair(self, name: str, flats: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """Of N adapters' numbers `(F,)` a layer's A^T `(N, in, r)` and B^T `(N, r, out)`; None if unwrapped."""
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many numbers each layer has."""
+        return [rank * (n_in + n_out) for _name, rank, n_in, n_out in self.layers]
+
+    def pair(self, name: str, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor] | None:
+        """Of N adapters' parts a layer's A^T `(N, in, r)` and B^T `(N, r, out)`; None if unwrapped."""
         if name not in self.places:
             return None
-        start, rank, n_in, n_out = self.places[name]
-        n_down, stop = rank * n_in, start + rank * (n_in + n_out)
+        i, rank, n_in, n_out = self.places[name]
         # Layer by layer: what is copied is small, and still in the processor's cache when it is multiplied.
-        both = torch.stack([flat[start:stop] for flat in flats]) if len(flats) > 1 else flats[0][None, start:stop]
-        return both[:, :n_down].view(-1, n_in, rank), both[:, n_down:].view(-1, rank, n_out)
+        both = torch.stack([adapter[i] for adapter in parts]) if len(parts) > 1 else parts[0][i][None]
+        return both[:, : rank * n_in].view(-1, n_in, rank), both[:, rank * n_in :].view(-1, rank, n_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +87,11 @@ class Adapter:
     layout: Layout = Layout(())
     layers: dict[str, Linear] = field(default_factory=dict)
     temperature: float = 1.0
+
+    @cached_property
+    def parts(self) -> tuple[Tensor, ...]:
+        """`flat` by layer. Held, since a batch asks for all of them, and the other threads of a product wait for it."""
+        return torch.split(self.flat, self.layout.sizes)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Adapter":
         """On a device, in the base's precision; the head stays float32: it is small and decides."""

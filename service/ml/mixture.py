@@ -23,14 +23,14 @@ class Share:
 
     Args:
         layout: Of all its adapters.
-        flats: N of `(F,)`, for each block of tokens its adapter's numbers.
+        parts: N, for each block of tokens its adapter's numbers by layer.
         tokens: `(n,)` positions in the batch; None where that is every one in its order.
         blocks: `(N, b)` positions in the batch, filled up with any; None where one adapter has it all.
         places: `(n,)`, for each of `tokens` its place in the blocks; None where they stand there in order.
     """
 
     layout: Layout
-    flats: list[Tensor]
+    parts: list[tuple[Tensor, ...]]
     tokens: Tensor | None
     blocks: Tensor | None
     places: Tensor | None
@@ -39,7 +39,7 @@ class Share:
 
     def add(self, name: str, x: Tensor, y: Tensor) -> None:
         """Adds the layer's LoRA products of `x` `(…, in)` to `y` `(positions, out)`."""
-        pair = self.layout.pair(name, self.flats)
+        pair = self.layout.pair(name, self.parts)
         if pair is None:
             return
         down, up = pair
@@ -96,14 +96,18 @@ class Mixture:
         of_token = np.repeat(of_row, rows.lengths)
         everyone = list(distinct.values())
         shares = [
-            _share(layout, [everyone[i].flat for i in members], np.array(members), of_token, rows)
+            _share(layout, [everyone[i].parts for i in members], np.array(members), of_token, rows)
             for layout, members in by_layout.items()
         ]
         return cls(rows_of, shares, len(adapters))
 
 
 def _share(
-    layout: Layout, flats: list[Tensor], members: NDArray[np.int64], of_token: NDArray[np.int64], rows: Rows
+    layout: Layout,
+    parts: list[tuple[Tensor, ...]],
+    members: NDArray[np.int64],
+    of_token: NDArray[np.int64],
+    rows: Rows,
 ) -> Share:
     of_layout = np.isin(of_token, members)
     tokens = rows.positions[of_layout]
@@ -111,7 +115,7 @@ def _share(
     everywhere = len(tokens) == len(rows.positions) == int(rows.starts[-1] + rows.lengths[-1])
     where = None if everywhere else torch.from_numpy(tokens).to(rows.device)
     if len(members) == 1:
-        return Share(layout, flats, where, None if where is None else where[None], None)
+        return Share(layout, parts, where, None if where is None else where[None], None)
     group = np.searchsorted(members, of_token[of_layout])
     counts = np.bincount(group, minlength=len(members))
     size = -(-len(tokens) // len(members))
@@ -122,8 +126,8 @@ def _share(
     places = (np.cumsum(n_blocks) - n_blocks)[group] * size + rank
     blocks = np.full(int(n_blocks.sum()) * size, tokens[0])
     blocks[places] = tokens
-    flats = [flat for flat, n in zip(flats, n_blocks.tolist(), strict=True) for _ in range(n)]
+    parts = [own for own, n in zip(parts, n_blocks.tolist(), strict=True) for _ in range(n)]
     return Share(
-        layout, flats, where, torch.from_numpy(blocks.reshape(-1, size)).to(rows.device),
+        layout, parts, where, torch.from_numpy(blocks.reshape(-1, size)).to(rows.device),
         torch.from_numpy(places).to(rows.device),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from service.core.errors import InvalidData
 from service.inference import adapters as cache
@@ -44,6 +45,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     def load(folder: Path, **_given: Any) -> Any:
         assert world["go"].wait(20)
         world["seen"].append(folder.name)
+        world["threads"] = torch.get_num_threads()
         if folder.name == "bad":
             raise InvalidData("not the published file")
         return Read(folder.name)
@@ -51,6 +53,25 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(cache, "load_adapter", load)
     yield world
     world["go"].set()
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[int]:
+    """Of this thread's products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield torch.get_num_threads()
+    torch.set_num_threads(before)
+
+
+def test_a_loader_takes_one_core_and_leaves_the_engines_threads_as_they_are(
+    tmp_path: Path, reads: dict[str, Any], threads: int
+) -> None:
+    reads["go"].set()
+    held = Adapters(Storage(f"file://{tmp_path}"), 100, Figures())
+    held.get(served("a"), Base()).result(20)  # type: ignore[arg-type]
+    assert reads["threads"] == 1
+    assert torch.get_num_threads() == threads == 3
 
 
 def test_calls_that_wait_for_one_adapter_share_its_load(tmp_path: Path, reads: dict[str, Any]) -> None:
