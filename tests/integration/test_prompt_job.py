@@ -97,7 +97,7 @@ def test_where_nothing_can_be_prompted_summary_and_report_say_so_and_the_job_war
     sentence = "Prompting was not tested, because no generative model is at hand: fetch one with `tuneproof models pull"
     assert f" {sentence}" in result["summary"]["recommendation"]["reason"]
     _before, _verdict, box = (out / "report.html").read_text().partition('<div class="verdict">')
-    assert sentence in html.unescape(box.partition("</div>")[0])
+    assert sentence.replace("`", "<code>") in html.unescape(box.partition("</div>")[0])
     (warning,) = [message for message in messages if sentence in message.get("message", "")]
     assert warning["level"] == "warning"
     assert "remote endpoint in `baseline.prompt_model`" in warning["message"]
