@@ -81,10 +81,10 @@ def _whole(column: pd.Series[Any]) -> pd.Series[Any]:
     there = column.dropna()
     if not 0 < len(there) < len(column) or not all(isinstance(value, float) for value in there.tolist()):
         return column
-    numbers = column.astype("float64")
+    numbers = there.astype("float64")
     # From 2**53 on, a float no longer holds every whole number.
-    whole = ((numbers % 1 == 0) & (numbers.abs() < 2**53))[column.notna()].all()
-    return numbers.astype("Int64") if whole else column
+    whole = ((numbers % 1 == 0) & (numbers.abs() < 2**53)).all()
+    return numbers.astype("Int64").reindex(column.index) if whole else column
 
 
 def form_fields(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

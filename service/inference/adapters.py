@@ -1,5 +1,6 @@
 """The adapters an engine process holds: read in the background, the least recently used out by bytes."""
 
+import logging
 import threading
 import weakref
 from collections import OrderedDict
@@ -9,9 +10,10 @@ from functools import partial
 
 import torch
 
-from service.core.errors import InvalidData
+from service.core.errors import EngineUnavailable, InvalidData
 from service.inference.wire import Figures, ServedModel
 from service.ml.adapter import Adapter, load_adapter
+from service.ml.backbone import Backbone
 from service.ml.engine import Engine
 from service.storage import Storage
 
@@ -19,6 +21,7 @@ from service.storage import Storage
 _LOADERS = 2
 # Whoever waits for the calls before it has been told by then that it took too long.
 _SECONDS_FOR_ROOM = 60.0
+log = logging.getLogger("tuneproof.engine")
 
 
 @dataclass(eq=False)
@@ -60,7 +63,7 @@ class Adapters:
             self._count(hit=False)
             if held is not None:  # its base was evicted and loaded again
                 self._figures.adapter_bytes -= held.size_bytes
-            reading = self._loaders.submit(self._read, model, engine)
+            reading = self._loaders.submit(self._read, model, engine.backbone)
             self._held[model.id] = _Held(weakref.ref(engine), reading)
             self._held.move_to_end(model.id)
         reading.add_done_callback(partial(self._settle, model.id))
@@ -84,6 +87,7 @@ class Adapters:
             held.size_bytes = reading.result().size_bytes
             self._figures.adapter_bytes += held.size_bytes
             self._make_room(model_id)
+            self._fewer.notify_all()
 
     def _make_room(self, keep: str) -> None:
         """Evicts the least recently used until the rest fits, `keep` and those on their way aside."""
@@ -94,14 +98,18 @@ class Adapters:
             self._figures.adapter_bytes -= self._held.pop(oldest).size_bytes
             self._figures.adapter_evictions += 1
 
-    def _read(self, model: ServedModel, engine: Engine) -> Adapter:
+    def _is_room_for(self, model_id: str) -> bool:
+        self._make_room(model_id)  # each time: what was on its way may have come since, and be in nobody's use
+        return self._alive_bytes <= self._limit_bytes
+
+    def _read(self, model: ServedModel, backbone: Backbone) -> Adapter:
         with self._fewer:
-            self._make_room(model.id)
-            self._fewer.wait_for(lambda: self._alive_bytes <= self._limit_bytes, _SECONDS_FOR_ROOM)
-        adapter = self._load(model, engine)
+            self._fewer.wait_for(lambda: self._is_room_for(model.id), _SECONDS_FOR_ROOM)
+        adapter = self._load(model, backbone)
+        size_bytes = adapter.size_bytes
         with self._lock:
-            self._alive_bytes += adapter.size_bytes
-        weakref.finalize(adapter, self._used_up, adapter.size_bytes).atexit = False
+            self._alive_bytes += size_bytes
+        weakref.finalize(adapter, self._used_up, size_bytes).atexit = False
         return adapter
 
     def _used_up(self, size_bytes: int) -> None:
@@ -109,14 +117,16 @@ class Adapters:
             self._alive_bytes -= size_bytes
             self._fewer.notify_all()
 
-    def _load(self, model: ServedModel, engine: Engine) -> Adapter:
-        backbone = engine.backbone
+    def _load(self, model: ServedModel, backbone: Backbone) -> Adapter:
         dtype = next(backbone.model.parameters()).dtype
         try:
             with self._storage.folder(model.storage_prefix, model.files) as folder:
                 return load_adapter(folder, head_name=backbone.head_name, device=backbone.device, dtype=dtype)
         except FileNotFoundError:
             raise InvalidData("A file of the saved model is missing.") from None
+        except OSError as error:
+            log.warning("a model cannot be read: %s", type(error).__name__)
+            raise EngineUnavailable("The model's files cannot be read at the moment. Ask again later.") from error
 
 
 def _on_one_core() -> None:

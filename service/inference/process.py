@@ -9,6 +9,7 @@ batch, in the turns that `Schedule` gives. It ends when its standard input close
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -43,6 +44,8 @@ from service.storage import Storage
 _TURNS_A_BATCH = 4
 _CHARS_AT_ONCE = 1 << 16  # some 10 ms of tokenizing
 _SECONDS_BETWEEN_FIGURES = 1.0
+# What torch says of it: an error of its own on CUDA, a plain RuntimeError by the CPU's allocator, Apple's, and cuBLAS.
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 log = logging.getLogger("tuneproof.engine")
 
 
@@ -100,17 +103,24 @@ class EngineProcess:
             self._rows_wait.notify()
 
     def _read(self, requests: IO[bytes]) -> None:
-        while (message := wire.read(requests)) is not None:
-            kind = message.pop("type")
-            if kind == "drop":
-                self._forget(message["number"])
-                continue
-            message["model"]["files"] = tuple(message["model"]["files"])
-            model = ServedModel(**message.pop("model"))
-            if kind == "warm":
-                self._bases.load((model.base_model, model.base_revision)).add_done_callback(partial(self._warm, model))
-            else:
-                self._admit(Call(model=model, **message))
+        while self._take_in(wire.read(requests)):
+            pass
+
+    def _take_in(self, message: dict[str, Any] | None) -> bool:
+        """Whether there was one; holds nothing of it afterwards."""
+        if message is None:
+            return False
+        kind = message.pop("type")
+        if kind == "drop":
+            self._forget(message["number"])
+            return True
+        message["model"]["files"] = tuple(message["model"]["files"])
+        model = ServedModel(**message.pop("model"))
+        if kind == "warm":
+            self._bases.load((model.base_model, model.base_revision)).add_done_callback(partial(self._warm, model))
+        else:
+            self._admit(Call(model=model, **message))
+        return True
 
     def tokenize(self) -> None:
         """Makes token ids of texts, the calls in turns; whatever ends that ends the process."""
@@ -157,12 +167,15 @@ class EngineProcess:
             self._open[call.number] = call
         try:
             call.engine = self._bases.engine((call.model.base_model, call.model.base_revision))
-            self._adapters.get(call.model, call.engine).add_done_callback(partial(self._loaded, call))
+            # By its number: whoever reads the adapter must not keep a call that was dropped meanwhile, and its texts.
+            self._adapters.get(call.model, call.engine).add_done_callback(partial(self._loaded, call.number))
         except Exception as error:  # noqa: BLE001 -- one call's trouble must not be another's
             self._fail(call, error)
 
-    def _loaded(self, call: Call, adapter: Future[Adapter]) -> None:
-        error = adapter.exception()
+    def _loaded(self, number: int, adapter: Future[Adapter]) -> None:
+        call, error = self._open.get(number), adapter.exception()
+        if call is None:
+            return
         if error is not None:
             self._fail(call, error)
             return
@@ -273,7 +286,7 @@ class EngineProcess:
                 log.error("a prediction failed", exc_info=error)
         if isinstance(error, AppError):
             told = error
-        elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+        elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
             told = EngineUnavailable("The engine has no memory left for this call. Send fewer texts, or ask later.")
         else:
             told = EngineFailed("The engine failed on this call; its log says why.")

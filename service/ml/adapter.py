@@ -1,6 +1,7 @@
 """What one model adds to a base: LoRA pairs, layers the base lacks, and a head, read from a folder on disk."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -156,13 +157,13 @@ def _read_peft(read: Callable[[str], bytes]) -> tuple[dict[str, tuple[Array, Arr
     arrays = {name.removeprefix(_PEFT_PREFIX): array for name, array in _arrays(WEIGHTS, read).items()}
     lora: dict[str, tuple[Array, Array]] = {}
     linears: dict[str, Linear] = {}
-    for name, array in arrays.items():
+    for name in arrays:
         layer = name.rpartition(".")[0]
         if name.endswith((".lora_A.weight", ".lora_B.weight")):
             layer = layer.rpartition(".")[0]
             if layer in lora:
                 continue
-            a, b = (arrays.get(f"{layer}.lora_{half}.weight", array[:0]) for half in "AB")
+            a, b = (arrays.get(f"{layer}.lora_{half}.weight", np.empty(0, np.float32)) for half in "AB")
             if a.ndim != 2 or b.ndim != 2 or b.shape[1] != len(a):
                 raise InvalidData(f"The saved adapter's two halves at {layer} do not fit together.")
             lora[layer] = (a, b * scale)
@@ -178,7 +179,9 @@ def _scale(file: bytes) -> float:
     try:
         config = json.loads(file)
         scale = float(config["lora_alpha"]) / float(config["r"])
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        if not math.isfinite(scale):
+            raise ValueError("a scale is a number")
+    except (ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise InvalidData(f"{CONFIG} of the saved model is damaged.") from error
     other = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if config.get(key)]
     if other:
@@ -189,9 +192,7 @@ def _scale(file: bytes) -> float:
 def _linear(arrays: dict[str, Array], prefix: str) -> Linear:
     weight, bias = arrays.get(f"{prefix}weight"), arrays.get(f"{prefix}bias")
     if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        raise InvalidData(
-            f"The saved model's layer {prefix or 'head'} is incomplete, or its parts do not fit together."
-        )
+        raise InvalidData(f"The saved model's layer {prefix or 'head'} is incomplete, or its parts do not fit.")
     return Linear(torch.tensor(weight), None if bias is None else torch.tensor(bias))
 
 
@@ -202,7 +203,7 @@ def _arrays(name: str, read: Callable[[str], bytes]) -> dict[str, Array]:
     try:
         arrays = {key: _FLOATS[view["dtype"]](view["data"]).reshape(view["shape"])
                   for key, view in deserialize(read(name))}  # type: ignore[no-untyped-call]  # fmt: skip
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise InvalidData(f"{name} of the saved model is damaged, or holds other numbers than floats.") from error
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise InvalidData(f"{name} of the saved model holds NaN or infinity.")

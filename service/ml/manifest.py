@@ -84,7 +84,7 @@ class Manifest:
         """A file's bytes. Raises InvalidData where it is missing or is not the one that was published."""
         try:
             found = (folder / name).read_bytes()
-        except OSError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             found = None
         if found is None or hashlib.sha256(found).hexdigest() != self.files.get(name):
             raise InvalidData(f"{name} of the saved model is missing or not the file that was published.")

@@ -103,12 +103,9 @@ class Mixture:
 
 
 def _share(
-    layout: Layout,
-    parts: list[tuple[Tensor, ...]],
-    members: NDArray[np.int64],
-    of_token: NDArray[np.int64],
+    layout: Layout, parts: list[tuple[Tensor, ...]], members: NDArray[np.int64], of_token: NDArray[np.int64],
     rows: Rows,
-) -> Share:
+) -> Share:  # fmt: skip
     of_layout = np.isin(of_token, members)
     tokens = rows.positions[of_layout]
     # Where every position of the batch is one of these tokens, as it is where nothing is padded, no index is needed.

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from service.core.errors import InvalidData
+from service.core.errors import EngineUnavailable, InvalidData
 from service.inference import adapters as cache
 from service.inference.adapters import Adapters
 from service.inference.wire import Figures, ServedModel
 from service.storage import Storage
+from tests.waiting import until
 
 
 class Base:
@@ -40,9 +41,10 @@ def served(name: str) -> ServedModel:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Each load waits for `go`; `seen` names the folders. A folder named `bad` is damaged."""
-    world: dict[str, Any] = {"go": threading.Event(), "seen": []}
+    world: dict[str, Any] = {"go": threading.Event(), "seen": [], "begun": 0}
 
     def load(folder: Path, **_given: Any) -> Any:
+        world["begun"] += 1
         assert world["go"].wait(20)
         world["seen"].append(folder.name)
         world["threads"] = torch.get_num_threads()
@@ -131,6 +133,32 @@ def test_one_larger_than_the_limit_makes_room_for_the_next_even_if_it_was_used_a
     reads["go"].set()
     assert second.result(20).name == "b"
     assert figures.adapter_bytes == 10
+
+
+def test_one_larger_than_the_limit_that_comes_while_another_waits_makes_room_for_it_too(
+    tmp_path: Path, reads: dict[str, Any]
+) -> None:
+    held, base = Adapters(Storage(f"file://{tmp_path}"), 5, Figures()), Base()
+    both = [held.get(served(name), base) for name in ("b", "c")]  # type: ignore[arg-type]
+    until(lambda: reads["begun"] == 2, 20, "both are being read")
+    reads["go"].set()
+    in_use = [both[0].result(20)]
+    both[1].result(20)
+    both.clear()
+    third = held.get(served("d"), base)  # type: ignore[arg-type]
+    in_use.clear()
+    assert third.result(20).name == "d"
+
+
+def test_storage_that_cannot_be_read_at_the_moment_may_be_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_folder: Path, **_given: Any) -> Any:
+        raise TimeoutError("the bucket does not answer")
+
+    monkeypatch.setattr(cache, "load_adapter", refuse)
+    with pytest.raises(EngineUnavailable):
+        Adapters(Storage(f"file://{tmp_path}"), 30, Figures()).get(served("a"), Base()).result(20)  # type: ignore[arg-type]
 
 
 def test_one_that_could_not_be_had_is_asked_for_again(tmp_path: Path, reads: dict[str, Any]) -> None:

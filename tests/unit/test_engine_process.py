@@ -194,8 +194,13 @@ def test_a_batch_that_fails_answers_every_caller_and_only_the_broken_call_with_a
     assert [lengths(world.answer(number)) for number in (1, 3)] == [[1], [3]]
 
 
-def test_a_call_for_which_no_memory_is_left_may_ask_again_later(world: World) -> None:
-    world.engine.breaks, world.engine.error = lambda _adapters: True, torch.OutOfMemoryError("13 GiB")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), "the CPU's"])
+def test_a_call_for_which_no_memory_is_left_may_ask_again_later(world: World, error: Any) -> None:
+    if isinstance(error, str):
+        with pytest.raises(RuntimeError) as raised:
+            torch.empty(10**15)
+        error = raised.value
+    world.engine.breaks, world.engine.error = lambda _adapters: True, error
     world.ask(1, ["first"])
     world.let(2)
     assert world.answer(1)["error"]["code"] == "engine_unavailable"
@@ -217,6 +222,21 @@ def test_calls_of_two_bases_that_wait_together_are_scored_each_on_its_own(world:
     assert [lengths(world.answer(number)) for number in (1, 2, 3)] == [[1], [2], [3]]
     assert world.engine.batches[1:] == [[("m", 1), ("m", 3)]]
     assert other.batches == [[("m", 2)]]
+
+
+def test_a_call_that_is_dropped_while_its_adapter_is_read_is_not_kept(world: World) -> None:
+    world.by_hand = {"slow"}
+    world.ask(1, ["aa"], "slow")
+    until(lambda: world.loads.get("slow") and world.process._open, 20, "it is asked for")
+    gone = threading.Event()
+    weakref.finalize(world.process._open[1], gone.set)
+    world.drop(1)
+    assert gone.wait(20)
+    world.loads["slow"][0].set_result(Adapter("slow"))
+    world.ask(2, ["bbb"])
+    world.let(1)
+    assert lengths(world.answer(2)) == [3]
+    assert world.engine.batches == [[("m", 3)]]
 
 
 def test_when_a_turn_is_over_nothing_of_its_calls_is_held(world: World) -> None:
