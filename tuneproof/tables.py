@@ -84,7 +84,7 @@ def _whole(column: pd.Series[Any]) -> pd.Series[Any]:
     numbers = there.astype("float64")
     # From 2**53 on, a float no longer holds every whole number.
     whole = ((numbers % 1 == 0) & (numbers.abs() < 2**53)).all()
-    return numbers.astype("Int64").reindex(column.index) if whole else column
+    return column.astype("object").where(column.notna(), None).astype("Float64").astype("Int64") if whole else column
 
 
 def form_fields(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def test_a_frame_goes_as_csv_that_another_reader_gives_back_whole(server: FakeSe
         ([1, 2, None], [b"1", b"2", b'""']),
         ([1.0, 2.5, None], [b"1.0", b"2.5", b'""']),
         (pd.Series([1.0, 2.0, None], dtype=object), [b"1", b"2", b'""']),
+        (pd.Series([1.0, 2.0, pd.NA], dtype=object), [b"1", b"2", b'""']),
         (pd.Series([1.0, "2.0", None], dtype=object), [b"1.0", b'"2.0"', b'""']),
         (pd.Series([1.0, 2.0, None], dtype="category"), [b"1", b"2", b'""']),
         (pd.Series([1.0, 2.0, None], dtype="float16"), [b"1", b"2", b'""']),
@@ -117,7 +118,7 @@ def test_a_frame_goes_as_csv_that_another_reader_gives_back_whole(server: FakeSe
 def test_whole_numbers_stay_whole_where_one_is_missing_and_all_else_stays_as_it_is(
     labels: Any, sent: list[bytes]
 ) -> None:
-    frame = pd.DataFrame({"text": ["a", "b", "c"], "label": labels})
+    frame = pd.DataFrame({"text": ["a", "b", "c"], "label": labels}).set_index(pd.Index([0, 0, 0]))
     assert [line.split(b",")[1] for line in csv_of(frame).splitlines()[1:]] == sent
 
 
