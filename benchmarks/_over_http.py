@@ -36,7 +36,7 @@ def http_measures(alone: Alone, folder: Path, given: argparse.Namespace) -> list
     settings = Settings(data_dir=folder / "data")
     size = statistics.mean(alone.load(path).size_bytes for path in alone.varied)
     # A third of the adapters that Zipf's law asks for, and at least the sixteen.
-    tight = settings.model_copy(update={"adapter_cache_bytes": int(size * max(given.models // 3, 2 * N_ADAPTERS))})
+    tight = settings.model_copy(update={"adapter_cache_bytes": int(size * max(given.models // 3, N_ADAPTERS))})
     keys = {scope: make_key(settings, scope) for scope in ("predict", "admin")}
     uniform = publish(settings, alone.uniform, N_ADAPTERS)
     many, cold = publish(settings, alone.varied, given.models), publish(settings, alone.varied, COLD, linked=False)

@@ -115,7 +115,7 @@ def _a_day(url: str, folder: Path) -> dict[str, Any]:
 
         def refused() -> bool:
             answer = client.post("/predict", json=asked, headers={"x-request-id": "of-the-engine"})
-            return answer.status_code == 503 and answer.json()["detail"] == "The engine failed on this call."
+            return answer.status_code == 500 and answer.json()["code"] == "engine_failed"
 
         until(refused, 120, "the broken model is told")
         return done
