@@ -1,6 +1,7 @@
 """The adapters an engine process holds: read in the background, the least recently used out by bytes."""
 
 import logging
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -47,7 +48,7 @@ class Adapters:
         self._alive_bytes = 0
         self._lock = threading.RLock()  # whoever holds it may let go of the last of an adapter
         self._fewer = threading.Condition(self._lock)
-        self._loaders = ThreadPoolExecutor(_LOADERS, "adapter", _on_one_core)
+        self._loaders = ThreadPoolExecutor(_LOADERS, "adapter", _beside_the_engine)
 
     def get(self, model: ServedModel, engine: Engine) -> Future[Adapter]:
         """The model's adapter for the base that `engine` has; InvalidData where its files are not the published ones.
@@ -89,22 +90,23 @@ class Adapters:
             self._make_room(model_id)
             self._fewer.notify_all()
 
-    def _make_room(self, keep: str) -> None:
-        """Evicts the least recently used until the rest fits, `keep` and those on their way aside."""
+    def _make_room(self, keep: str) -> bool:
+        """Evicts the least recently used until the rest fits, `keep` and those on their way aside.
+
+        Gives whether those in use, evicted or not, leave room for another.
+        """
         while self._figures.adapter_bytes > self._limit_bytes:
             oldest = next((name for name, held in self._held.items() if held.size_bytes and name != keep), None)
             if oldest is None:
-                return
+                break
             self._figures.adapter_bytes -= self._held.pop(oldest).size_bytes
             self._figures.adapter_evictions += 1
-
-    def _is_room_for(self, model_id: str) -> bool:
-        self._make_room(model_id)  # each time: what was on its way may have come since, and be in nobody's use
         return self._alive_bytes <= self._limit_bytes
 
     def _read(self, model: ServedModel, backbone: Backbone) -> Adapter:
         with self._fewer:
-            self._fewer.wait_for(lambda: self._is_room_for(model.id), _SECONDS_FOR_ROOM)
+            # Made each time: what was on its way may have come since, and be in nobody's use.
+            self._fewer.wait_for(lambda: self._make_room(model.id), _SECONDS_FOR_ROOM)
         adapter = self._load(model, backbone)
         size_bytes = adapter.size_bytes
         with self._lock:
@@ -129,8 +131,13 @@ class Adapters:
             raise EngineUnavailable("The model's files cannot be read at the moment. Ask again later.") from error
 
 
-def _on_one_core() -> None:
-    """For a loader's thread. With a team of two of its own there would be more OpenMP threads than cores, and those of
-    the engine would no longer spin while they wait for the next product: a third of its speed on small batches.
+def _beside_the_engine() -> None:
+    """For a loader's thread: one core, and that when the engine leaves it.
+
+    With a team of two of its own there would be more OpenMP threads than cores, and those of the engine would no longer
+    spin while they wait for the next product: a fifth of its speed on small batches. And while a loader has the core of
+    one of them, the others wait too.
     """
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setscheduler"):  # on Linux a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

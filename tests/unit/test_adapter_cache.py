@@ -1,5 +1,7 @@
 """The adapter cache over a real storage: shared loads, room by bytes, and nothing kept of what could not be had."""
 
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         assert world["go"].wait(20)
         world["seen"].append(folder.name)
         world["threads"] = torch.get_num_threads()
+        world["nice"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         if folder.name == "bad":
             raise InvalidData("not the published file")
         return Read(folder.name)
@@ -73,6 +76,8 @@ def test_a_loader_takes_one_core_and_leaves_the_engines_threads_as_they_are(
     held = Adapters(Storage(f"file://{tmp_path}"), 100, Figures())
     held.get(served("a"), Base()).result(20)  # type: ignore[arg-type]
     assert reads["threads"] == 1
+    if sys.platform == "linux":
+        assert reads["nice"] == 10 > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert torch.get_num_threads() == threads == 3
 
 
