@@ -101,9 +101,8 @@ class Adapter:
 
     @property
     def size_bytes(self) -> int:
-        tensors = [self.flat]
-        for linear in (self.head, *self.layers.values()):
-            tensors += [t for t in (linear.weight, linear.bias) if t is not None]
+        linears = (self.head, *self.layers.values())
+        tensors = [self.flat, *(t for linear in linears for t in (linear.weight, linear.bias) if t is not None)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -132,7 +131,8 @@ def load_adapter(folder: Path, *, head_name: str, device: torch.device, dtype: t
         dtype: Of everything but the head, which stays float32: it is small and decides.
 
     Raises:
-        InvalidData: a file is damaged, or its shapes do not fit together.
+        InvalidData: a file is missing or damaged, or its shapes do not fit together.
+        OSError: the storage cannot be read at the moment.
     """
     manifest = Manifest.read(folder, whole=False)
     read = partial(manifest.bytes_of, folder)

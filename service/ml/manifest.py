@@ -14,6 +14,8 @@ States = Literal["head", "pooled"]
 """Which states a head multiplies: those the stock head sees, or the base's own pooling, of length 1."""
 
 FILE = "manifest.json"
+# Any other OSError is the storage's trouble and may pass: it says nothing against the model.
+_NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "scikit-learn", "numpy")
 
 
@@ -74,7 +76,7 @@ class Manifest:
             manifest = cls(**body | {"labels": tuple(body["labels"])})
             if not 0 < manifest.temperature < math.inf:
                 raise ValueError("a temperature is above 0")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (*_NOT_THERE, ValueError, KeyError, TypeError) as error:
             raise InvalidData(f"{FILE} of the saved model is missing, damaged, or of another version.") from error
         for name in manifest.files if whole else ():
             manifest.bytes_of(folder, name)
@@ -84,7 +86,7 @@ class Manifest:
         """A file's bytes. Raises InvalidData where it is missing or is not the one that was published."""
         try:
             found = (folder / name).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except _NOT_THERE:
             found = None
         if found is None or hashlib.sha256(found).hexdigest() != self.files.get(name):
             raise InvalidData(f"{name} of the saved model is missing or not the file that was published.")

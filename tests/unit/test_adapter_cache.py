@@ -158,10 +158,10 @@ def test_one_larger_than_the_limit_that_comes_while_another_waits_makes_room_for
 def test_storage_that_cannot_be_read_at_the_moment_may_be_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(_folder: Path, **_given: Any) -> Any:
-        raise TimeoutError("the bucket does not answer")
+    def refuse(_file: Path, **_given: Any) -> str:
+        raise TimeoutError("the disk does not answer")
 
-    monkeypatch.setattr(cache, "load_adapter", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(EngineUnavailable):
         Adapters(Storage(f"file://{tmp_path}"), 30, Figures()).get(served("a"), Base()).result(20)  # type: ignore[arg-type]
 
