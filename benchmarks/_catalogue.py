@@ -72,7 +72,9 @@ def publish(settings: Settings, folders: Sequence[Path], n_models: int, *, linke
         files = sorted(path.name for path in folders[at].iterdir())
         prefix, root = f"models/{model_id}", settings.data_dir.absolute() / "storage"
         if number < len(folders) or not linked:
-            storage.put_folder(folders[at], prefix)
+            for name in files:
+                with (folders[at] / name).open("rb") as stream:
+                    storage.put(stream, f"{prefix}/{name}")
             if not linked:
                 _out_of_memory(root / prefix)
         else:

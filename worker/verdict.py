@@ -1,6 +1,6 @@
 """What a job's figures come to, in words that claim no more than is shown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf, log10
 
@@ -8,8 +8,15 @@ from scipy.special import ndtri
 
 from service.core.spec import MOST_PROMPTED
 from service.ml.evidence import POWER, SIGNIFICANCE, PairedComparison, rows_to_exclude
-from worker.choice import Choice, choose, falls_short
+from worker.choice import Choice, as_good, choose, falls_short
 from worker.compare import COST_ORDER, PLAIN_NAMES, Answers, MethodAnswers, rows_of, shares_right
+
+# What may be said of a dearer method, the least first, and how it goes on after "neither … nor …".
+_GAINS = {
+    "is not shown to pay off": "is shown to pay off",
+    "gains too little here": "gains enough here",
+    "buys nothing here": "buys anything here",
+}
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,8 @@ def judge(
 ) -> tuple[str, Recommendation]:  # fmt: skip
     """The headline, one sentence for somebody who reads nothing else, and what is recommended; both of one `choose`.
 
-    Nothing is praised that is not shown to beat a constant answer. The headline calls a method better than another one
-    only where a verdict of `comparisons`, corrected by `holm`, says so, and denies no such verdict.
+    Nothing is praised that is not shown to beat a constant answer. LoRA is called better than another method only where
+    a verdict of `comparisons`, corrected by `holm`, says so, and no such verdict is denied.
 
     `answers` go by names of `COST_ORDER`, `comparisons` are `compare_all`'s of them; `margin` is the accuracy, 0 to
     0.5, that may be given up for less cost; `test_share` is the share of the usable rows that are test rows.
@@ -41,49 +48,48 @@ def judge(
 
 def _reasons(choice: Choice, answers: Answers, margin: float, test_share: float) -> Iterator[str]:
     """Sentences."""
-    own, name, best = answers[choice.method], PLAIN_NAMES[choice.method], PLAIN_NAMES[choice.best]
-    passed = any(trial.baseline != choice.best for trial in choice.open)
-    if choice.shown:
-        kept = f"{name} is {'a' if passed else 'the cheapest'} method shown to lose no more than {_points(margin)} of "
-        kept += f"accuracy against {'the best one, ' * (not choice.ahead)}{best}"
-        yield f"{kept}: {_side_by_side(choice.shown, answers)}."
+    method, own, name = choice.method, answers[choice.method], PLAIN_NAMES[choice.method]
+    best, lead, kept = PLAIN_NAMES[choice.best], choice.lead, choice.against_best
+    rest = f"come within {_points(margin)} of {'it' if method == choice.best else best}" if margin else "be as good"
+    rest = f"; no cheaper one is shown to {rest}" * bool(choice.cheaper)
+    if kept and as_good(kept, margin):
+        least = f"{name} is the cheapest method shown to lose no more than {_points(margin)} of accuracy"
+        yield f"{least} against the best one, {best}: {_side_by_side(kept, answers)}."
+    elif kept:
+        yield f"{name} is ahead of {best} where both were run{rest}."
+        yield _too_few_rows(kept, margin, answers, test_share)
     elif len(answers) == 1:
         yield f"{name} is the only method run, right on {_right(own)}."
-    elif choice.ahead:
-        rival = f"where both were run, {PLAIN_NAMES[choice.ahead.candidate]} is ahead of it"
-        yield f"{name} is right on {_right(own)}, but {rival}: {_side_by_side(choice.ahead, answers)}."
+    elif lead and lead.candidate == method:
+        beaten = f"{PLAIN_NAMES[lead.baseline]}, the most accurate method on all test rows"
+        yield f"{name} is shown to be ahead of {beaten}: {_side_by_side(lead, answers)}{rest}."
     else:
         prompted = own.test_ids is not None and any(other.test_ids is None for other in answers.values())
-        there = f", and {_right(replace(own, test_ids=None))} that were prompted" if prompted else ""
-        text = f"no method is right more often {'on the same rows ' * prompted}than {name} ({_right(own)}{there})"
-        if any(COST_ORDER.index(other) < COST_ORDER.index(choice.method) for other in answers):
-            within = f"come within {_points(margin)} of {'all others' if passed else 'it'}" if margin else "be as good"
-            text += f"; no cheaper one is shown to {within}"
-        yield f"{text}."
-    if choice.open:
-        first = min(choice.open, key=lambda t: (t.baseline == choice.best, _rows_needed(t, margin), -t.accuracy_delta))
+        there = f", and {_right(replace(own, test_ids=None))} that were prompted" * prompted
+        rows = f"on {'all test' if lead else 'the same'} rows " * prompted
+        yield f"no method is right more often {rows}than {name} ({_right(own)}{there}){rest}."
+        if lead:
+            ahead = f"{PLAIN_NAMES[lead.candidate]} is ahead of it where both were run, and not shown to be better"
+            yield f"{ahead}: {_side_by_side(lead, answers)}."
+    if hopes := [trial for trial in choice.cheaper if not falls_short(trial, margin)]:
+        first = min(hopes, key=lambda trial: (_rows_needed(trial, margin), -trial.accuracy_delta))
         yield _too_few_rows(first, margin, answers, test_share)
-    if choice.against_lora and choice.against_lora.winner != choice.method:
-        yield _too_few_rows(choice.against_lora, margin, answers, test_share)
-    if choice.method == "majority":
+    trial, winner = choice.dearer.get("lora", (kept, None))
+    if trial and trial != kept and winner != method and not as_good(trial, margin):
+        yield _too_few_rows(trial, margin, answers, test_share)
+    if method == "majority":
         yield "it gives every row the same label: where the rarer labels matter, look at macro-F1 first."
-    elif choice.method not in choice.proven:
+    elif method not in choice.proven:
         yield f"it is not shown to beat {PLAIN_NAMES['majority']}, so do not rely on it yet."
 
 
 def _headline(choice: Choice, answers: Answers, comparisons: Sequence[PairedComparison], margin: float) -> str:
-    method, rival = choice.method, choice.ahead if choice.method == choice.best else None
+    method, lead, kept = choice.method, choice.lead, choice.against_best
     score = f"{PLAIN_NAMES[method]} is right on {_right(answers[method])}"
-    if method == "majority" and not rival:
-        gain = f"to gain more than {_points(margin)} over that" if margin else "to be better"
-        return f"no method pays off here: {score}, and none is shown {gain}."
     if method != "majority" and method not in choice.proven:
         opening, other = ("little", f", as {PLAIN_NAMES[choice.proven[-1]]} is") if choice.proven else ("nothing", "")
-        return (
-            f"{opening} is proven yet: {score}, which is not shown to be better than {PLAIN_NAMES['majority']}{other}."
-        )
-    if rival:
-        return f"no method comes out first: {score}, but {PLAIN_NAMES[rival.candidate]} is ahead where both were run."
+        unproven = f"not shown to be better than {PLAIN_NAMES['majority']}"
+        return f"{opening} is proven yet: {score}, which is {unproven}{other}."
     if len(answers) == 1:
         return f"{score}; no other method was run to compare it with."
     if method == "lora":
@@ -93,22 +99,39 @@ def _headline(choice: Choice, answers: Answers, comparisons: Sequence[PairedComp
         clear = all(c.accuracy_delta_ci95[0] >= margin for c in won.values())
         opening = "fine-tuning is worth it" if clear else "fine-tuning comes out first"
         return f"{opening}: {score}, shown to be better than every cheaper method run."
-    behind = f"shown to be at most {_points(margin)} behind {PLAIN_NAMES[choice.best] if choice.ahead else 'the best'}"
-    place = behind if choice.shown else "no other method run is right on more of those"
+    gains = {other: _gain(method, trial, winner, margin) for other, (trial, winner) in choice.dearer.items()}
+    if method == "majority" and all(gains.values()):
+        gain = f"to gain more than {_points(margin)} over that" if margin else "to be better"
+        return f"no method pays off here: {score}, and none is shown {gain}."
+    if kept and as_good(kept, margin):
+        place = f"shown to be at most {_points(margin)} behind {PLAIN_NAMES[choice.best]}"
+    elif kept:
+        place = f"ahead of {PLAIN_NAMES[choice.best]} where both were run"
+    elif lead and lead.candidate == method:
+        place = f"shown to be ahead of {PLAIN_NAMES[lead.baseline]}"
+    else:
+        place = f"no other method run{' on all of them' * bool(lead)} is right on more of those"
     served = "; its model is published and ready to be served" * (method == "embedding_logreg" and "lora" in answers)
-    return f"{_opening(choice, answers)}{score}, {place}{served}."
+    return f"{_opening(method, gains)}{score}, {place}{served}."
 
 
-def _opening(choice: Choice, answers: Answers) -> str:
-    """What dearer methods are for, beside the one recommended."""
-    dearer = {other for other in answers if COST_ORDER.index(other) > COST_ORDER.index(choice.method)}
-    prompts = {other for other in dearer if other.endswith("_prompt") and not choice.method.endswith("_prompt")}
-    unshown, little = "is not shown to pay off", "gains too little here"
-    prompting = little if prompts & choice.outdone else unshown
-    tuning = little if "lora" in choice.outdone else unshown if choice.against_lora else "buys nothing here"
-    if prompts and "lora" in dearer and prompting == tuning == unshown:
-        return "neither prompting nor fine-tuning is shown to pay off: "
-    said = [f"fine-tuning {tuning}"] * ("lora" in dearer) + [f"prompting {prompting}"] * bool(prompts)
+def _gain(method: str, trial: PairedComparison, winner: str | None, margin: float) -> str | None:
+    """What is shown of the dearer method of a pair, a key of `_GAINS`; None where it may be worth its cost."""
+    if winner == trial.baseline:
+        return "gains too little here" if as_good(trial, margin) else None
+    if winner == method or as_good(trial, margin):
+        return "buys nothing here"
+    return None if falls_short(trial, margin) else "is not shown to pay off"
+
+
+def _opening(method: str, gains: Mapping[str, str | None]) -> str:
+    """What dearer methods are for, beside the one recommended; of several prompts what holds for all."""
+    prompts = {gain for other, gain in gains.items() if other.endswith("_prompt") and not method.endswith("_prompt")}
+    prompting = next((gain for gain in (None, *_GAINS) if gain in prompts), None)
+    tuning = gains.get("lora")
+    if prompting and prompting == tuning:
+        return f"neither prompting nor fine-tuning {_GAINS[tuning]}: "
+    said = [f"{subject} {gain}" for subject, gain in (("fine-tuning", tuning), ("prompting", prompting)) if gain]
     return " and ".join(said) + ": " * bool(said)
 
 

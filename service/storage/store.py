@@ -59,14 +59,6 @@ class Storage:
                 self.delete(key)
             raise
 
-    def put_folder(self, folder: Path, prefix: str) -> list[Stored]:
-        """Every file below `folder`, under `prefix` and its own relative name."""
-        stored = []
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            with file.open("rb") as stream:
-                stored.append(self.put(stream, f"{prefix}/{file.relative_to(folder).as_posix()}"))
-        return stored
-
     def open(self, key: str) -> IO[bytes]:
         stream: IO[bytes] = self._fs.open(self._path(key), "rb")
         return stream

@@ -20,6 +20,7 @@ from service.ml.evidence import same_texts
 from service.ml.split import PARTS, read_split, stratified_subset
 from service.storage import StoredText
 from tests.rows import GRACE, START, add_job, claim, model
+from tests.storing import put_folder
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.compare import MethodAnswers, compare_all, unproven
 from worker.metrics import score
@@ -142,7 +143,7 @@ def leave(
     lease = claim(context.db).lease
     with context.db.write() as session:
         session.execute(update(Job).where(Job.id == lease.job_id).values(kind=kind))
-    stored = context.storage.put_folder(out, lease.prefix)
+    stored = put_folder(context.storage, out, lease.prefix)
     files = [(file, file.key.removeprefix(f"{lease.prefix}/")) for file in stored]
     left = [NewArtifact(own, f.size_bytes, f.sha256, f.key, own in HOLDS_TEXTS) for f, own in files]
     jobs.publish(context.db, lease, left, served, summary, START, GRACE)

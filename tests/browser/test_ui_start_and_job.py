@@ -100,8 +100,16 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
     begin.click()
     expect(page.get_by_label("Seed")).to_be_focused()  # unfolded again, to show what is wrong
     page.get_by_label("Seed").fill("7")
-    begin.dblclick()
+    page.route("**/jobs", hold)
+    with page.expect_request("**/jobs"):
+        begin.dblclick()
+    drop(page, tickets(), "another.csv")  # while the comparison is being started
+    expect(page.get_by_label("Choose another file")).to_be_disabled()
+    expect(page.get_by_text("another.csv")).to_have_count(0)
+    held[1].continue_()
+    page.unroute("**/jobs")
     expect(page).to_have_url(re.compile("#/job/job_"))
+    assert len(held) == 2
     assert [job["spec"]["seed"] for job in service.items("/jobs")] == [7]
     expect(page.get_by_text("Waits for a worker")).to_be_visible()
 

@@ -23,6 +23,7 @@ from service.ml.labels import LabelSet
 from service.ml.split import Table, split_rows, stratified_subset
 from tests.problems import problem_of
 from tests.rows import GRACE, START, add_job, claim
+from tests.storing import put_folder
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.compare import MethodAnswers, compare_all
 from worker.predictions import Predictions
@@ -95,7 +96,7 @@ def leave(shared: TestClient, tmp_path: Path) -> Leave:
         )  # fmt: skip
         add_job(context.db)
         lease = claim(context.db).lease
-        stored = context.storage.put_folder(folder, lease.prefix)
+        stored = put_folder(context.storage, folder, lease.prefix)
         found = [
             NewArtifact(file.key.rpartition("/")[2], file.size_bytes, file.sha256, file.key, file.key.endswith(".csv"))
             for file in stored

@@ -25,6 +25,7 @@ from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.manifest import Manifest
 from tests.adapters import labels, manifest, save_random_adapter
 from tests.rows import GRACE, START, add_job, claim, fresh_database, model
+from tests.storing import put_folder
 from tests.tiny import BERT, QWEN3, labelled_texts
 from tests.waiting import until
 from worker.launch import LocalChild
@@ -105,7 +106,7 @@ class Service:
             method, base_model=base, base_revision=source.revision, labels=list(labels(K)),
             files=sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
         )  # fmt: skip
-        self.ctx.storage.put_folder(folder, made.storage_prefix)
+        put_folder(self.ctx.storage, folder, made.storage_prefix)
         add_job(self.ctx.db, name=folder.name)
         jobs.publish(self.ctx.db, claim(self.ctx.db).lease, [], [made], {}, START, GRACE)
         return made.id

@@ -27,6 +27,7 @@ from service.ml.manifest import Manifest
 from tests.adapters import labels, save_random_adapter, stock_logits
 from tests.problems import problem_of
 from tests.rows import GRACE, START, add_job, claim, fresh_database, model
+from tests.storing import put_folder
 from tests.tiny import BERT, DISTILBERT, labelled_texts
 from tests.waiting import until
 
@@ -89,7 +90,7 @@ class Serving:
             files=sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()),
             calibration=calibration,
         )  # fmt: skip
-        ctx.storage.put_folder(folder, made.storage_prefix)
+        put_folder(ctx.storage, folder, made.storage_prefix)
         add_job(ctx.db, name=name)
         jobs.publish(ctx.db, claim(ctx.db).lease, [], [made], {}, START, GRACE)
         self.ids[name] = made.id

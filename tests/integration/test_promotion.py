@@ -33,6 +33,7 @@ from service.storage import StoredText
 from tests.integration.conftest import QuietEngine, api
 from tests.problems import problem_of
 from tests.rows import GRACE, START, add_job, claim, model
+from tests.storing import put_folder
 from worker.artifacts import write_json, write_predictions, write_split
 from worker.predictions import NO_ANSWER, Predictions
 
@@ -124,7 +125,7 @@ class World:
         write_json(folder / "metrics.json", facts)
         add_job(self.ctx.db, dataset_id)
         lease = claim(self.ctx.db).lease
-        stored = self.ctx.storage.put_folder(folder, lease.prefix)
+        stored = put_folder(self.ctx.storage, folder, lease.prefix)
         left = [
             NewArtifact(f.key.rpartition("/")[2], f.size_bytes, f.sha256, f.key, f.key.endswith("predictions.csv"))
             for f in stored

@@ -536,7 +536,8 @@ def test_the_model_of_the_cheaper_method_is_said_to_be_there_to_serve():
     assert recommendation.method == "embedding_logreg"
     assert sentence == (
         "Fine-tuning buys nothing here: embeddings with logistic regression is right on 91.6 % of 1,000 test rows, "
-        "shown to be at most 2 percentage points behind the best; its model is published and ready to be served."
+        "shown to be at most 2 percentage points behind LoRA fine-tuning; its model is published and ready to be "
+        "served."
     )
     _, without_training = told(answers_of({"majority": 700, "tfidf_logreg": 300, "embedding_logreg": 84}))
     assert "served" not in without_training

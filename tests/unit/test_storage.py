@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.storage import Storage
+from tests.storing import put_folder
 
 BYTES = bytes(range(256)) * 10
 
@@ -122,7 +123,7 @@ def test_a_folder_goes_in_and_comes_out_whole(storage: Storage, tmp_path: Path) 
     (source / "sub").mkdir(parents=True)
     (source / "manifest.json").write_bytes(b"{}")
     (source / "sub" / "weights.safetensors").write_bytes(BYTES)
-    stored = storage.put_folder(source, "models/m")
+    stored = put_folder(storage, source, "models/m")
     assert [file.key for file in stored] == ["models/m/manifest.json", "models/m/sub/weights.safetensors"]
     target = tmp_path / "target"
     storage.fetch_folder("models/m", target)

@@ -13,14 +13,13 @@ import pytest
 
 from service.core.spec import JobSpec
 from service.ml.evidence import compare, rows_to_exclude
-from worker.choice import choose
 from worker.compare import COST_ORDER, PLAIN_NAMES, MethodAnswers, compare_all, compare_methods, shares_right
 from worker.verdict import judge
 
 K, SEED = 3, 1
 PROMPTS = {"zero_shot_prompt", "few_shot_prompt"}
 NAMED = {name: method for method, name in PLAIN_NAMES.items()}
-ANY = "|".join(map(re.escape, PLAIN_NAMES.values()))
+ANY = "|".join(re.escape(name) for plain in PLAIN_NAMES.values() for name in (plain, plain[0].upper() + plain[1:]))
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +67,18 @@ def drawn(seed):
     return found, margin
 
 
+def _named(text):
+    """The method whose name this is, be it the first word of a sentence."""
+    return next(method for name, method in NAMED.items() if name.lower() == text.lower())
+
+
 class Held:
     """What was said of these answers, and every pair of them; `lead` is of the first over the second."""
 
     def __init__(self, answers, margin):
         self.answers, self.margin = answers, margin
+        self.ordered = sorted(answers, key=COST_ORDER.index)
+        self.whole = [method for method in self.ordered if method not in PROMPTS]
         self.comparisons = compare_all(answers, K, SEED)
         self.headline, told = judge(answers, self.comparisons, margin, K, SEED, 0.1)
         self.method, self.reason, self.made = told.method, told.reason, set()
@@ -91,15 +97,22 @@ class Held:
         trial = self.pair(one, other)
         return trial.accuracy_delta_ci95[0] > -self.margin and trial.n_texts >= rows_to_exclude(self.margin)
 
-    def outdone(self, method, at_least=None):
-        """Whether another one is shown to be better by the margin or more, or as much as is given."""
-        least = self.margin if at_least is None else at_least
-        trials = [self.pair(method, other) for other in self.others(method)]
-        ends = [trial.accuracy_delta_ci95[1] for trial in trials if not self.as_good(method, trial.baseline)]
-        return any(end < 0 and end <= -least for end in ends)
+    def shown_ahead(self, one, other):
+        return self.pair(one, other).accuracy_delta_ci95[0] > 0
 
-    def winner(self, candidate, baseline):
-        return next(c.winner for c in self.comparisons if (c.candidate, c.baseline) == (candidate, baseline))
+    def first(self, methods):
+        """The most accurate of methods that have the same rows; of equals the cheapest."""
+        return next(m for m in methods if all(self.lead(m, other) >= 0 for other in methods))
+
+    def best(self):
+        first = self.first(self.whole or self.ordered)
+        shown = [m for m in PROMPTS & set(self.ordered) if self.whole and self.shown_ahead(m, first)]
+        return max(sorted(shown, key=COST_ORDER.index), key=lambda m: self.lead(m, first)) if shown else first
+
+    def winner(self, dearer, cheaper):
+        """Corrected where the pair is one of the family's."""
+        found = [c for c in self.comparisons if (c.candidate, c.baseline) == (dearer, cheaper)]
+        return (found or [self.pair(dearer, cheaper)])[0].winner
 
     def says(self, words, text):
         self.made.update({words} if words in text else ())
@@ -108,61 +121,73 @@ class Held:
     def check(self):
         """Raises AssertionError. Returns which of the claims below were made."""
         self.made = set()
-        if self.outdone(self.method):
-            assert all(self.outdone(other, 0) for other in self.answers), "outdone, where another one is not"
-            assert self.headline.startswith(("No method comes out first", "Nothing is proven", "Little is proven"))
-            self.made.add("every method is outdone")
-        self._check_best()
+        self._check_method()
+        self._check_place()
         self._check_constant()
-        if "lora" in self.answers:
+        for subject, methods in (("fine-tuning", {"lora"}), ("prompting", PROMPTS)):
+            self._check_gain(subject, [m for m in methods & set(self.answers) if m != self.method])
+        if self.says("ine-tuning comes out first", self.headline) or self.says("uning is worth it", self.headline):
             self._check_fine_tuning()
         for sentence in re.split(r"(?<=\.) (?=[A-Z])", self.reason):
             self._check_sentence(sentence)
         return self.made
 
-    def _check_best(self):
-        method, headline, reason = self.method, self.headline, self.reason
-        cheaper = [m for m in COST_ORDER[: COST_ORDER.index(method)] if m in self.answers]
-        if best := re.search(rf"against the best one, ({ANY}):", reason):
-            best = NAMED[best[1]]
-            assert all(self.lead(best, other) >= 0 for other in self.others(best))
-            assert self.as_good(method, best)
-            if self.says("is the cheapest method shown", reason):
-                assert not any(self.as_good(m, best) for m in cheaper)
-        first = self.says("No method is right more often", reason)
+    def _check_method(self):
+        """The cheapest that is shown to be as good as the best or is ahead of it, else the best."""
+        method, best = self.method, self.best()
+        assert method == best or self.as_good(method, best) or self.lead(method, best) > 0
+        assert not any(self.as_good(m, best) for m in self.ordered[: self.ordered.index(method)])
+        for name in re.findall(rf"the best one, ({ANY}):", self.reason):
+            assert NAMED[name] == best
+
+    def _check_place(self):
+        method, best, headline, reason = self.method, self.best(), self.headline, self.reason
+        first = self.says("No method is right more often than", reason)
+        first = self.says("No method is right more often on the same rows", reason) or first
         if self.says("no other method run is right on more of those", headline) or first:
             assert all(self.lead(method, other) >= 0 for other in self.others(method))
-        if self.says("No method comes out first", headline):
-            assert any(self.lead(other, method) > 0 for other in self.others(method))
-        if self.says("no cheaper one is shown to", reason) and "of all others" not in reason:
-            assert not any(self.as_good(m, method) for m in cheaper)
-        if behind := re.search(rf"points? behind ({ANY}|the best)[.;]", headline):
-            best = choose(self.answers, self.comparisons, self.margin, K, SEED).best
+        of_all = self.says("No method is right more often on all test rows", reason)
+        if self.says("no other method run on all of them is right on more", headline) or of_all:
+            assert method == self.first(self.whole)
+        for one, other in re.findall(rf"({ANY}) is ahead of ({ANY}|it) where both were run", reason):
+            self.says("is ahead of", reason)
+            assert self.lead(_named(one), NAMED.get(other, method)) > 0
+            assert not (self.shown_ahead(_named(one), method) if other == "it" else self.as_good(method, best))
+        if shown := re.search(rf"shown to be ahead of ({ANY})", headline):
+            self.says("shown to be ahead of", headline)
+            assert method == best
+            assert self.shown_ahead(method, NAMED[shown[1]])
+        if ahead := re.search(rf"ahead of ({ANY}) where both were run", headline):
+            assert self.lead(method, NAMED[ahead[1]]) > 0
+        if behind := re.search(rf"shown to be at most .* behind ({ANY})", headline):
+            self.says("shown to be at most", headline)
+            assert NAMED[behind[1]] == best
             assert self.as_good(method, best)
-            assert best == NAMED.get(behind[1], best)
-            if behind[1] == "the best":
-                assert all(self.lead(best, other) >= 0 for other in self.others(best))
-        dearest = max(self.answers, key=COST_ORDER.index)
-        if "rompting is not shown to pay off" in headline and dearest in PROMPTS:
-            assert self.winner(dearest, method) != dearest
+
+    def _check_gain(self, subject, dearer):
+        """What is said of the dearer methods holds for each of them, and nothing is said that a verdict denies."""
+        said = re.search(rf"{subject} (buys|gains|is not shown|is shown)", self.headline, re.IGNORECASE)
+        said = said or re.search("rompting nor fine-tuning (buys|gains|is shown)", self.headline)
+        for other in dearer if said else ():
+            self.says(said[0].lower(), self.headline.lower())
+            winner, as_good = self.winner(other, self.method), self.as_good(self.method, other)
+            assert COST_ORDER.index(other) > COST_ORDER.index(self.method)
+            assert winner != other or as_good
+            if said[1] == "buys":
+                assert winner != other
+                assert winner == self.method or as_good
+            if said[1] == "gains":
+                assert winner == self.method or as_good
+        if said and said[1] == "gains":
+            assert any(self.winner(other, self.method) == other for other in dearer)
+        if said and "shown" in said[1]:
+            assert any(self.winner(m, self.method) is None and not self.as_good(self.method, m) for m in dearer)
 
     def _check_fine_tuning(self):
-        method, headline, name = self.method, self.headline, PLAIN_NAMES[self.method]
         pairs = [c for c in self.comparisons if c.candidate == "lora"]
-        if self.says("buys nothing", headline):
-            assert self.winner("lora", method) != "lora"
-            assert self.winner("lora", method) == method or self.as_good(method, "lora")
-            assert not re.search(rf"{re.escape(name)} (is at most .* behind|falls short of) LoRA", self.reason)
-        if self.says("tuning gains too little", headline):
-            assert self.winner("lora", method) == "lora"
-            assert self.as_good(method, "lora")
-        if re.search("ine-tuning is (not )?shown to pay off", headline):
-            assert self.winner("lora", method) is None
-            assert not self.as_good(method, "lora")
-        if self.says("Fine-tuning comes out first", headline) or self.says("Fine-tuning is worth it", headline):
-            assert all(self.lead("lora", other) >= 0 for other in self.others("lora"))
-            assert all(c.winner != c.baseline for c in pairs)
-        if self.says("shown to be better than every cheaper method", headline):
+        assert all(self.lead("lora", other) >= 0 for other in self.others("lora"))
+        assert all(c.winner != c.baseline for c in pairs)
+        if self.says("shown to be better than every cheaper method", self.headline):
             assert all(c.winner == "lora" for c in pairs)
 
     def _check_constant(self):
@@ -199,47 +224,90 @@ def test_what_is_said_never_contradicts_what_was_found(part):
             made.update(Held(answers, margin).check())
         except AssertionError as error:
             raise AssertionError(f"seed {seed}") from error
-    often = {"No method is right more often", "no cheaper one is shown to", "buys nothing", "sample_size"}
-    often |= {"is the cheapest method shown", "cannot rule it out", "Nothing is proven", "No method pays off"}
+    often = {"No method is right more often than", "No method is right more often on all test rows", "is ahead of"}
+    often |= {
+        "cannot rule it out",
+        "Nothing is proven",
+        "No method pays off",
+        "fine-tuning buys",
+        "prompting is not shown",
+    }
     assert often <= made.keys()
 
 
 def test_a_row_of_the_subset_does_not_hide_what_the_whole_test_part_shows():
-    # One row more on the subset makes the prompt the best one; against it TF-IDF is as good, and far worse than LoRA.
+    # One row more on the subset, and on those rows TF-IDF is as good as the prompt; on all of them it is far from LoRA.
     wrong = {"majority": (200, 1200), "tfidf_logreg": (15, 229), "zero_shot_prompt": (14, 0), "lora": (15, 49)}
     told = Held(of(2000, 300, wrong), margin=0.05)
     told.check()
     assert told.as_good("tfidf_logreg", "zero_shot_prompt")
-    assert (told.method, told.winner("lora", "tfidf_logreg")) == ("zero_shot_prompt", "lora")
-    assert told.reason == (
-        "No method is right more often than zero-shot prompting (95.3 % of 300 test rows); no cheaper one is shown to "
-        "come within 5 percentage points of all others. TF-IDF with logistic regression is shown to fall short of LoRA "
-        "fine-tuning: 87.8 % against 96.8 % of 2,000 test rows, in truth perhaps 7.9 to 10.2 points worse (95 % "
-        "interval)."
+    assert (told.method, told.best()) == ("zero_shot_prompt", "lora")
+    assert told.reason.startswith(
+        "Zero-shot prompting is the cheapest method shown to lose no more than 5 percentage points of accuracy against "
+        "the best one, LoRA fine-tuning: 95.3 % against 95.0 % of 300 test rows"
     )
     assert told.headline.startswith("Fine-tuning buys nothing here: zero-shot prompting is right on 95.3 % of 300 ")
 
 
-def test_what_is_ahead_of_a_prompt_is_not_said_to_lose_against_it_as_the_best():
-    wrong = {"majority": (200, 1200), "tfidf_logreg": (15, 70), "zero_shot_prompt": (21, 0), "lora": (22, 55)}
+def test_a_lead_on_the_subset_that_is_not_shown_does_not_stand_in_the_way_of_a_cheaper_method():
+    wrong = {"majority": (200, 1200), "tfidf_logreg": (15, 70), "zero_shot_prompt": (14, 0), "lora": (16, 66)}
     told = Held(of(2000, 300, wrong), margin=0.02)
     told.check()
     assert told.lead("zero_shot_prompt", "lora") > 0
     assert told.method == "tfidf_logreg"
-    assert "the best one, LoRA fine-tuning" not in told.reason
-    assert "zero-shot" not in told.reason
+    assert "the best one, LoRA fine-tuning: 95.8 % against 95.9 % of 2,000" in told.reason
 
 
-def test_where_every_method_is_outdone_by_another_none_is_called_the_best():
+def test_a_cheaper_prompt_that_is_ahead_of_the_best_is_recommended_however_few_its_rows():
+    wrong = {"majority": (40, 200), "tfidf_logreg": (20, 90), "zero_shot_prompt": (0, 0), "lora": (3, 11)}
+    told = Held(of(300, 60, wrong), margin=0.02)
+    told.check()
+    assert (told.method, told.best()) == ("zero_shot_prompt", "lora")
+    assert not told.as_good("zero_shot_prompt", "lora")
+    assert told.reason == (
+        "Zero-shot prompting is ahead of LoRA fine-tuning where both were run; no cheaper one is shown to come within "
+        "2 percentage points of LoRA fine-tuning. There are too few rows to show that zero-shot prompting is at most 2 "
+        "percentage points behind LoRA fine-tuning: 100.0 % against 95.0 % of 60 test rows, in truth perhaps up to "
+        "11.7 points better (95 % interval); with figures like these, about 190 test rows would be enough, and this "
+        "file has them: set `baseline.sample_size` to 190."
+    )
+    assert told.headline == (
+        "Fine-tuning is not shown to pay off: zero-shot prompting is right on 100.0 % of 60 test rows, ahead of LoRA "
+        "fine-tuning where both were run."
+    )
+
+
+def test_a_dearer_prompt_has_to_show_its_lead_to_be_recommended():
+    wrong = {"majority": (200, 1200), "tfidf_logreg": (20, 60), "zero_shot_prompt": (18, 0)}
+    told = Held(of(2000, 300, wrong), margin=0.0)
+    told.check()
+    assert told.method == "tfidf_logreg"
+    assert told.reason.endswith(
+        "Zero-shot prompting is ahead of it where both were run, and not shown to be better: 94.0 % against 93.3 % of "
+        "300 test rows, in truth perhaps up to 1.7 points better (95 % interval)."
+    )
+    assert told.headline == (
+        "Prompting is not shown to pay off: TF-IDF with logistic regression is right on 96.0 % of 2,000 test rows, no "
+        "other method run on all of them is right on more of those."
+    )
+    shown = Held(of(2000, 300, wrong | {"zero_shot_prompt": (2, 0)}), margin=0.0)
+    shown.check()
+    assert shown.method == "zero_shot_prompt"
+    assert shown.headline.endswith("99.3 % of 300 test rows, shown to be ahead of TF-IDF with logistic regression.")
+
+
+def test_where_methods_lead_in_a_circle_nothing_is_said_that_a_pair_denies():
     # On the subset the prompt beats LoRA and TF-IDF the prompt; on all rows LoRA beats TF-IDF.
     wrong = {"majority": (290, 1690), "tfidf_logreg": (0, 800), "zero_shot_prompt": (30, 0), "lora": (70, 0)}
     told = Held(of(2000, 300, wrong), margin=0.02)
-    assert "every method is outdone" in told.check()
-    assert told.method == "lora"
+    told.check()
+    assert told.best() == "zero_shot_prompt"
+    assert told.method == "tfidf_logreg"
     assert told.headline == (
-        "No method comes out first: LoRA fine-tuning is right on 96.5 % of 2,000 test rows, but zero-shot prompting is "
-        "ahead where both were run."
+        "Prompting buys nothing here: TF-IDF with logistic regression is right on 60.0 % of 2,000 test rows, shown to "
+        "be at most 2 percentage points behind zero-shot prompting."
     )
+    assert "shown to fall short of LoRA fine-tuning: 60.0 % against 96.5 % of 2,000 test rows" in told.reason
 
 
 def test_a_gain_that_is_shown_and_within_the_margin_is_no_gain_of_nothing():

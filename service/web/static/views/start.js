@@ -35,7 +35,8 @@ export default function Start({ session }) {
     setRead(taken.current);
     setColumns(dataset.columns || []);
     // Where it cannot be deleted it stays in the list.
-    if (before?.dataset.sha256 === dataset.sha256) await forget(before.dataset.id).catch(console.warn);
+    const replaced = before?.dataset.sha256 === dataset.sha256 && before.dataset.id !== dataset.id;
+    if (replaced) await forget(before.dataset.id).catch(console.warn);
   };
   const [run, busy, problem] = useAction(async () => {
     for (let sent = null; sent !== sending.current; ) {
@@ -89,7 +90,7 @@ export default function Start({ session }) {
   return html`
     <h1>Is prompting good enough, or should you fine-tune?</h1>
     ${!file && html`<p class="soft">Bring a CSV or TSV with a column of texts and a column of labels. It stays on this service.</p>`}
-    <${Drop} file=${file} fraction=${busy ? fraction : null} onFile=${take} onStop=${() => sending.current.control.abort()} />
+    <${Drop} file=${file} fraction=${busy ? fraction : null} held=${starting} onFile=${take} onStop=${() => sending.current.control.abort()} />
     ${refused && html`<${Trouble} error=${problem} />`}
     ${refused && dataset && html`<p class="soft">What stands below is as it was read before.</p>`}
     ${refused && problem.code === "rare_labels" && html`<p><button type="button" class="primary" onClick=${() => send(file, { ...tried, rare_labels: "drop" })}>Drop those rows and go on</button></p>`}
