@@ -124,6 +124,7 @@ def test_a_dropped_file_becomes_a_job_that_is_followed_through_a_restart_to_its_
     log = page.get_by_role("region", name="Log, newest first").get_by_role("listitem")
     told = log.all_inner_texts()
     assert len(told) == len(set(told)) >= 8
+    expect(log.locator("code", has_text=re.compile("^tuneproof models pull qwen3-0.6b$"))).to_be_visible()
     headline = service.items("/jobs")[0]["summary"]["headline"]
     expect(page.get_by_text(headline).first).to_be_visible()
 
