@@ -48,34 +48,41 @@ def judge(
 
 def _reasons(choice: Choice, answers: Answers, margin: float, test_share: float) -> Iterator[str]:
     """Sentences."""
-    method, own, name = choice.method, answers[choice.method], PLAIN_NAMES[choice.method]
-    best, lead, kept = PLAIN_NAMES[choice.best], choice.lead, choice.against_best
-    rest = f"come within {_points(margin)} of {'it' if method == choice.best else best}" if margin else "be as good"
-    rest = f"; no cheaper one is shown to {rest}" * bool(choice.cheaper)
-    if kept and as_good(kept, margin):
-        least = f"{name} is the cheapest method shown to lose no more than {_points(margin)} of accuracy"
-        yield f"{least} against the best one, {best}: {_side_by_side(kept, answers)}."
-    elif kept:
-        yield f"{name} is ahead of {best} where both were run{rest}."
-        yield _too_few_rows(kept, margin, answers, test_share)
+    method, own, name, best = (
+        choice.method,
+        answers[choice.method],
+        PLAIN_NAMES[choice.method],
+        PLAIN_NAMES[choice.best],
+    )
+    lead = None if choice.lead and choice.lead.candidate == choice.best else choice.lead
+    rest = f"; no cheaper one is shown to {f'come within {_points(margin)} of it' if margin else 'be as good'}"
+    rest *= bool(choice.cheaper)
+    if choice.against_best:
+        loss = f"no more than {_points(margin)} of accuracy" if margin else "nothing"
+        which = "most accurate one on all test rows" if lead else "best one"
+        seen = _side_by_side(choice.against_best, answers)
+        yield f"{name} is the cheapest method shown to lose {loss} against the {which}, {best}: {seen}."
     elif len(answers) == 1:
         yield f"{name} is the only method run, right on {_right(own)}."
-    elif lead and lead.candidate == method:
-        beaten = f"{PLAIN_NAMES[lead.baseline]}, the most accurate method on all test rows"
-        yield f"{name} is shown to be ahead of {beaten}: {_side_by_side(lead, answers)}{rest}."
+    elif choice.lead and not lead:
+        beaten = f"{PLAIN_NAMES[choice.lead.baseline]}, the most accurate method on all test rows"
+        yield f"{name} is shown to be better than {beaten}: {_side_by_side(choice.lead, answers)}{rest}."
     else:
         prompted = own.test_ids is not None and any(other.test_ids is None for other in answers.values())
-        there = f", and {_right(replace(own, test_ids=None))} that were prompted" * prompted
+        part = prompted and len(own.subset_true_ids) < len(own.test_true_ids)
+        there = f", and {_right(replace(own, test_ids=None))} that were prompted" * part
         rows = f"on {'all test' if lead else 'the same'} rows " * prompted
         yield f"no method is right more often {rows}than {name} ({_right(own)}{there}){rest}."
-        if lead:
-            ahead = f"{PLAIN_NAMES[lead.candidate]} is ahead of it where both were run, and not shown to be better"
-            yield f"{ahead}: {_side_by_side(lead, answers)}."
-    if hopes := [trial for trial in choice.cheaper if not falls_short(trial, margin)]:
-        first = min(hopes, key=lambda trial: (_rows_needed(trial, margin), -trial.accuracy_delta))
+    told = choice.lead and choice.lead.baseline
+    hopes = [trial for trial in choice.cheaper if trial.candidate != told and not falls_short(trial, margin)]
+    if lead and lead not in (*hopes, choice.against_best):
+        ahead = f"{PLAIN_NAMES[lead.candidate]} is ahead of {best} where both were run, and not shown to be better"
+        yield f"{ahead}: {_side_by_side(lead, answers)}."
+    if hopes:
+        first = min(hopes, key=lambda trial: (trial != lead, _rows_needed(trial, margin), -trial.accuracy_delta))
         yield _too_few_rows(first, margin, answers, test_share)
-    trial, winner = choice.dearer.get("lora", (kept, None))
-    if trial and trial != kept and winner != method and not as_good(trial, margin):
+    trial, _ = choice.dearer.get("lora", (None, None))
+    if trial and not as_good(trial, margin) and trial.accuracy_delta_ci95[0] <= 0:
         yield _too_few_rows(trial, margin, answers, test_share)
     if method == "majority":
         yield "it gives every row the same label: where the rarer labels matter, look at macro-F1 first."
@@ -84,44 +91,43 @@ def _reasons(choice: Choice, answers: Answers, margin: float, test_share: float)
 
 
 def _headline(choice: Choice, answers: Answers, comparisons: Sequence[PairedComparison], margin: float) -> str:
-    method, lead, kept = choice.method, choice.lead, choice.against_best
+    method, lead = choice.method, choice.lead
     score = f"{PLAIN_NAMES[method]} is right on {_right(answers[method])}"
     if method != "majority" and method not in choice.proven:
-        opening, other = ("little", f", as {PLAIN_NAMES[choice.proven[-1]]} is") if choice.proven else ("nothing", "")
-        unproven = f"not shown to be better than {PLAIN_NAMES['majority']}"
-        return f"{opening} is proven yet: {score}, which is {unproven}{other}."
+        known = f"; {PLAIN_NAMES[choice.proven[-1]]} is shown to be" if choice.proven else ""
+        unproven = f"{score}, which is not shown to be better than {PLAIN_NAMES['majority']}"
+        return f"{'little' if known else 'nothing'} is proven yet: {unproven}{known}."
     if len(answers) == 1:
         return f"{score}; no other method was run to compare it with."
     if method == "lora":
         won = {c.baseline: c for c in comparisons if c.candidate == c.winner == "lora"}
         if rest := " or ".join(PLAIN_NAMES[m] for m in COST_ORDER[:-1] if m in answers and m not in won):
-            return f"fine-tuning comes out first, but not clearly: {score}, not shown to be better than {rest}."
+            on = " on all test rows" * bool(lead)
+            return f"fine-tuning comes out first{on}, but not clearly: {score}, not shown to be better than {rest}."
         clear = all(c.accuracy_delta_ci95[0] >= margin for c in won.values())
         opening = "fine-tuning is worth it" if clear else "fine-tuning comes out first"
         return f"{opening}: {score}, shown to be better than every cheaper method run."
-    gains = {other: _gain(method, trial, winner, margin) for other, (trial, winner) in choice.dearer.items()}
+    gains = {other: _gain(trial, winner, margin) for other, (trial, winner) in choice.dearer.items()}
     if method == "majority" and all(gains.values()):
         gain = f"to gain more than {_points(margin)} over that" if margin else "to be better"
         return f"no method pays off here: {score}, and none is shown {gain}."
-    if kept and as_good(kept, margin):
-        place = f"shown to be at most {_points(margin)} behind {PLAIN_NAMES[choice.best]}"
-    elif kept:
-        place = f"ahead of {PLAIN_NAMES[choice.best]} where both were run"
+    if choice.against_best:
+        place = f"at most {_points(margin)} behind" if margin else "no worse than"
+        place = f"shown to be {place} {PLAIN_NAMES[choice.best]}"
     elif lead and lead.candidate == method:
-        place = f"shown to be ahead of {PLAIN_NAMES[lead.baseline]}"
+        place = f"shown to be better than {PLAIN_NAMES[lead.baseline]}"
     else:
-        place = f"no other method run{' on all of them' * bool(lead)} is right on more of those"
+        place = f"and no other method run{' on all test rows' * bool(lead)} does better"
     served = "; its model is published and ready to be served" * (method == "embedding_logreg" and "lora" in answers)
     return f"{_opening(method, gains)}{score}, {place}{served}."
 
 
-def _gain(method: str, trial: PairedComparison, winner: str | None, margin: float) -> str | None:
+def _gain(trial: PairedComparison, winner: str | None, margin: float) -> str | None:
     """What is shown of the dearer method of a pair, a key of `_GAINS`; None where it may be worth its cost."""
-    if winner == trial.baseline:
-        return "gains too little here" if as_good(trial, margin) else None
-    if winner == method or as_good(trial, margin):
-        return "buys nothing here"
-    return None if falls_short(trial, margin) else "is not shown to pay off"
+    wins = winner == trial.baseline
+    if as_good(trial, margin):
+        return "gains too little here" if wins or trial.accuracy_delta_ci95[1] < 0 else "buys nothing here"
+    return None if wins or falls_short(trial, margin) else "is not shown to pay off"
 
 
 def _opening(method: str, gains: Mapping[str, str | None]) -> str:
@@ -146,11 +152,12 @@ def _too_few_rows(trial: PairedComparison, margin: float, answers: Answers, test
     if falls_short(trial, margin):
         return f"{cheaper} is shown to fall short of {dearer}: {seen}."
     if trial.accuracy_delta <= -margin:
-        rest = "that is no less than the margin, so do not count on more rows to make it good enough"
-        return f"so far {cheaper} falls short of {dearer}: {seen}; {rest}, though {trial.n:,} cannot rule it out."
+        return f"so far {cheaper} falls short of {dearer}: {seen}; do not expect more rows to make it good enough."
     if trial.n_fixed == trial.n_broken == 0:
         seen = f"on {_rows_of(trial)} the two never differed in what they had right, which says little"
-    text = f"there are too few rows to show that {cheaper} is at most {_points(margin)} behind {dearer}: {seen}"
+    text = f"show that {cheaper} is at most {_points(margin)} behind {dearer}"
+    text = f"rely on {cheaper}, which is ahead of {dearer}" if trial.accuracy_delta > 0 else text
+    text = f"there are too few rows to {text}: {seen}"
     needed, prompts = _rows_needed(trial, margin), trial.on == "baseline_subset"
     if needed > 100 * trial.n:
         return f"{text}; to show it would take more than a hundred times as many."
@@ -158,8 +165,8 @@ def _too_few_rows(trial: PairedComparison, margin: float, answers: Answers, test
         return f"{text}; to show it would take about {needed:,.0f}, and a job prompts {MOST_PROMPTED:,} at most."
     text += f"; with figures like these, about {needed:,.0f} test rows would be enough"
     if needed <= len(answers[trial.candidate].test_true_ids):
-        return f"{text}, and this file has them: set `baseline.sample_size` to {needed:.0f}."
-    asked = f", with `baseline.sample_size` at {needed:.0f}" * prompts
+        return f"{text}, and this file has them: set `baseline.sample_size`, the rows prompted, to {needed:.0f}."
+    asked = f", with `baseline.sample_size`, the rows prompted, at {needed:.0f}" * prompts
     return f"{text}, a file of about {_two_figures(needed / test_share):,.0f} rows{asked}."
 
 
@@ -199,7 +206,7 @@ def _may_be(trial: PairedComparison) -> str:
         return ""
     if low >= 0 or high <= 0:
         near, far = sorted((abs(low), abs(high)))
-        span = f"{f'{near:.1f} to' if near else 'up to'} {far:.1f} points {'better' if low >= 0 else 'worse'}"
+        span = f"{near:.1f} to {far:.1f} points {'better' if low >= 0 else 'worse'}"
     else:
         span = f"anything from {-low:.1f} points worse to {high:.1f} better"
     return f", in truth perhaps {span} (95 % interval)"

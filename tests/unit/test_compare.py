@@ -376,7 +376,7 @@ def test_a_difference_that_is_not_significant_is_not_read_as_equal():
     recommendation, sentence = told(answers)
     assert recommendation.method == "lora"
     assert "TF-IDF with logistic regression falls short of LoRA fine-tuning" in recommendation.reason
-    assert "200 cannot rule it out" in recommendation.reason
+    assert "; do not expect more rows to make it good enough" in recommendation.reason
     assert sentence.startswith("Fine-tuning comes out first, but not clearly")
 
 
@@ -429,7 +429,7 @@ def test_no_number_of_rows_is_promised_where_the_loss_already_reaches_the_margin
     recommendation, _ = told(answers)
     assert recommendation.method == "lora"
     assert "So far TF-IDF with logistic regression falls short of LoRA fine-tuning: " in recommendation.reason
-    assert "do not count on more rows to make it good enough, though 150 cannot rule it out" in recommendation.reason
+    assert "; do not expect more rows to make it good enough" in recommendation.reason
     assert "too few" not in recommendation.reason
     assert "enough, a file" not in recommendation.reason
 
@@ -489,8 +489,9 @@ def test_ten_rows_answered_alike_show_nothing():
     assert best_method(few) == "zero_shot_prompt"
     recommendation, _ = told(few)
     assert recommendation.method == "zero_shot_prompt"
-    assert "about 190 test rows would be enough, a file of about 1,900 rows, with `baseline.sample_size` at 190" in (
-        recommendation.reason
+    assert (
+        "about 190 test rows would be enough, a file of about 1,900 rows, with `baseline.sample_size`, the rows "
+        "prompted, at 190" in recommendation.reason
     )
     assert rows_to_exclude(MARGIN) == pytest.approx(182.6, abs=0.1)
 
@@ -519,7 +520,8 @@ def test_a_few_rows_without_a_difference_are_said_to_say_little_and_no_interval_
 def test_a_file_with_test_rows_enough_needs_only_more_of_them_prompted():
     answers = answers_of({"zero_shot_prompt": 40, "lora": 40}, n_subset=100, on_subset_only=("zero_shot_prompt",))
     assert told(answers)[0].reason.endswith(
-        "about 190 test rows would be enough, and this file has them: set `baseline.sample_size` to 190."
+        "about 190 test rows would be enough, and this file has them: set `baseline.sample_size`, the rows "
+        "prompted, to 190."
     )
 
 
@@ -535,7 +537,7 @@ def test_the_model_of_the_cheaper_method_is_said_to_be_there_to_serve():
     recommendation, sentence = told(answers)
     assert recommendation.method == "embedding_logreg"
     assert sentence == (
-        "Fine-tuning buys nothing here: embeddings with logistic regression is right on 91.6 % of 1,000 test rows, "
+        "Fine-tuning gains too little here: embeddings with logistic regression is right on 91.6 % of 1,000 test rows, "
         "shown to be at most 2 percentage points behind LoRA fine-tuning; its model is published and ready to be "
         "served."
     )
@@ -548,7 +550,7 @@ def test_a_cheaper_method_that_comes_out_first_unproven_is_told_with_the_rows_it
     recommendation, sentence = told(answers)
     assert recommendation.method == best_method(answers) == "tfidf_logreg"
     assert (
-        "too few rows to show that TF-IDF with logistic regression is at most 2 percentage points behind LoRA"
+        "too few rows to rely on TF-IDF with logistic regression, which is ahead of LoRA fine-tuning: "
         in recommendation.reason
     )
     assert "about 920 test rows would be enough, a file of about 9,200 rows" in recommendation.reason

@@ -1,11 +1,12 @@
 """Headline, reason and method recommended are held against the pairs themselves, over answers that nobody chose.
 
-The subset is made to tell another story than the rest of the test part, as no honest sample would: where the two
-differ, no order of the methods agrees with every pair.
+Half of them are honest: the subset is a sample of the test part. In the others it tells another story than the rest, as
+no honest sample would: where the two differ, no order of the methods agrees with every pair.
 """
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -38,8 +39,8 @@ def of(n, n_subset, n_wrong):
     return found
 
 
-def drawn(seed):
-    """Two to seven methods whose accuracy is one on the subset and another elsewhere, and whose luck is partly shared.
+def drawn(seed, honest):
+    """Two to seven methods whose luck is partly shared; unless `honest`, the subset is not like the rest.
 
     Returns:
         The answers and a margin.
@@ -49,12 +50,12 @@ def drawn(seed):
     n_subset = min(n, int(rng.choice([12, 150, 300])))
     methods = rng.choice(COST_ORDER, rng.integers(2, len(COST_ORDER) + 1), replace=False).tolist()
     margin = float(rng.choice([0.0, 0.02, 0.05, 0.2]))
-    if rng.random() < 0.3:  # one thing here and another there, and nothing of it luck
+    if rng.random() < 0.3 and not honest:  # one thing here and another there, and nothing of it luck
         there = rng.choice([10, 60, 300])
         return of(1000, 300, {m: (rng.integers(0, 40), rng.integers(0, there)) for m in methods}), margin
     true_ids = np.where(rng.random(n) < rng.choice([0.3, 0.9]), 0, rng.integers(0, K, n))
     text_ids = None if rng.random() < 0.7 else rng.permutation(n) // 3
-    apart, common, found = rng.choice([0.0, 0.03, 0.15]), rng.random(n), {}
+    apart, common, found = 0.0 if honest else rng.choice([0.0, 0.03, 0.15]), rng.random(n), {}
     for method in methods:
         accuracy = rng.choice([0.8, 0.88, 0.9, 0.92]) + rng.uniform(-apart, min(apart, 0.08), 2)
         luck = np.where(rng.random(n) < rng.choice([0.5, 0.95]), common, rng.random(n))
@@ -95,10 +96,13 @@ class Held:
 
     def as_good(self, one, other):
         trial = self.pair(one, other)
-        return trial.accuracy_delta_ci95[0] > -self.margin and trial.n_texts >= rows_to_exclude(self.margin)
+        enough = trial.n_texts >= rows_to_exclude(self.margin)
+        return (trial.accuracy_delta_ci95[0] > -self.margin and enough) or trial.winner == one
 
-    def shown_ahead(self, one, other):
-        return self.pair(one, other).accuracy_delta_ci95[0] > 0
+    def winner(self, one, other):
+        """Corrected where the pair is one of the family's."""
+        found = [c for c in self.comparisons if {c.candidate, c.baseline} == {one, other}]
+        return (found or [self.pair(one, other)])[0].winner
 
     def first(self, methods):
         """The most accurate of methods that have the same rows; of equals the cheapest."""
@@ -106,13 +110,8 @@ class Held:
 
     def best(self):
         first = self.first(self.whole or self.ordered)
-        shown = [m for m in PROMPTS & set(self.ordered) if self.whole and self.shown_ahead(m, first)]
-        return max(sorted(shown, key=COST_ORDER.index), key=lambda m: self.lead(m, first)) if shown else first
-
-    def winner(self, dearer, cheaper):
-        """Corrected where the pair is one of the family's."""
-        found = [c for c in self.comparisons if (c.candidate, c.baseline) == (dearer, cheaper)]
-        return (found or [self.pair(dearer, cheaper)])[0].winner
+        shown = [m for m in self.ordered if self.whole and m in PROMPTS and self.winner(m, first) == m]
+        return max(shown, key=lambda m: self.lead(m, first)) if shown else first
 
     def says(self, words, text):
         self.made.update({words} if words in text else ())
@@ -133,40 +132,47 @@ class Held:
         return self.made
 
     def _check_method(self):
-        """The cheapest that is shown to be as good as the best or is ahead of it, else the best."""
+        """The cheapest that is shown to be as good as the best, else the best."""
         method, best = self.method, self.best()
-        assert method == best or self.as_good(method, best) or self.lead(method, best) > 0
+        assert method == best or self.as_good(method, best)
         assert not any(self.as_good(m, best) for m in self.ordered[: self.ordered.index(method)])
         for name in re.findall(rf"the best one, ({ANY}):", self.reason):
             assert NAMED[name] == best
+            assert all(self.lead(best, m) >= 0 for m in self.others(best) if best in self.whole)
+        for name in re.findall(rf"the most accurate one on all test rows, ({ANY}):", self.reason):
+            assert NAMED[name] == best == self.first(self.whole)
+            assert any(
+                PLAIN_NAMES[m] in self.reason.lower() for m in PROMPTS if m in self.answers and self.lead(m, best) > 0
+            )
 
     def _check_place(self):
         method, best, headline, reason = self.method, self.best(), self.headline, self.reason
         first = self.says("No method is right more often than", reason)
         first = self.says("No method is right more often on the same rows", reason) or first
-        if self.says("no other method run is right on more of those", headline) or first:
+        if self.says("and no other method run does better", headline) or first:
             assert all(self.lead(method, other) >= 0 for other in self.others(method))
         of_all = self.says("No method is right more often on all test rows", reason)
-        if self.says("no other method run on all of them is right on more", headline) or of_all:
+        if self.says("and no other method run on all test rows does better", headline) or of_all:
             assert method == self.first(self.whole)
-        for one, other in re.findall(rf"({ANY}) is ahead of ({ANY}|it) where both were run", reason):
+        for one, other in re.findall(rf"({ANY}),? (?:which )?is ahead of ({ANY})", reason):
             self.says("is ahead of", reason)
-            assert self.lead(_named(one), NAMED.get(other, method)) > 0
-            assert not (self.shown_ahead(_named(one), method) if other == "it" else self.as_good(method, best))
-        if shown := re.search(rf"shown to be ahead of ({ANY})", headline):
-            self.says("shown to be ahead of", headline)
-            assert method == best
-            assert self.shown_ahead(method, NAMED[shown[1]])
-        if ahead := re.search(rf"ahead of ({ANY}) where both were run", headline):
-            assert self.lead(method, NAMED[ahead[1]]) > 0
-        if behind := re.search(rf"shown to be at most .* behind ({ANY})", headline):
+            assert self.lead(_named(one), NAMED[other]) > 0
+        for one, other in re.findall(rf"({ANY}) is ahead of ({ANY}) where both were run, and not shown", reason):
+            assert self.winner(_named(one), NAMED[other]) is None
+        for other in re.findall(rf" shown to be better than ({ANY})", f"{headline} {reason}"):
+            if f"not shown to be better than {other}" not in headline:
+                self.says("shown to be better than", f"{headline} {reason}")
+                assert self.winner(method, NAMED[other]) == method
+                assert f"ahead of {other}" not in reason
+                assert f"as good as {other}" not in reason
+        if behind := re.search(rf"shown to be (?:at most .* behind|no worse than) ({ANY})", headline):
             self.says("shown to be at most", headline)
             assert NAMED[behind[1]] == best
             assert self.as_good(method, best)
 
     def _check_gain(self, subject, dearer):
         """What is said of the dearer methods holds for each of them, and nothing is said that a verdict denies."""
-        said = re.search(rf"{subject} (buys|gains|is not shown|is shown)", self.headline, re.IGNORECASE)
+        said = re.search(rf"{subject} (buys|gains|is not shown)", self.headline, re.IGNORECASE)
         said = said or re.search("rompting nor fine-tuning (buys|gains|is shown)", self.headline)
         for other in dearer if said else ():
             self.says(said[0].lower(), self.headline.lower())
@@ -175,20 +181,23 @@ class Held:
             assert winner != other or as_good
             if said[1] == "buys":
                 assert winner != other
-                assert winner == self.method or as_good
-            if said[1] == "gains":
-                assert winner == self.method or as_good
+                assert self.pair(self.method, other).accuracy_delta_ci95[1] >= 0
+            if "shown" not in said[1]:
+                assert as_good
         if said and said[1] == "gains":
-            assert any(self.winner(other, self.method) == other for other in dearer)
+            assert any(self.lead(other, self.method) > 0 for other in dearer)
         if said and "shown" in said[1]:
             assert any(self.winner(m, self.method) is None and not self.as_good(self.method, m) for m in dearer)
 
     def _check_fine_tuning(self):
         pairs = [c for c in self.comparisons if c.candidate == "lora"]
-        assert all(self.lead("lora", other) >= 0 for other in self.others("lora"))
+        on_all = self.says("comes out first on all test rows", self.headline)
+        assert all(self.lead("lora", other) >= 0 for other in self.others("lora") if not (on_all and other in PROMPTS))
         assert all(c.winner != c.baseline for c in pairs)
         if self.says("shown to be better than every cheaper method", self.headline):
             assert all(c.winner == "lora" for c in pairs)
+            worth_it = all(c.accuracy_delta_ci95[0] >= self.margin for c in pairs)
+            assert self.headline.startswith("Fine-tuning is worth it" if worth_it else "Fine-tuning comes out first:")
 
     def _check_constant(self):
         gains = [c for c in self.comparisons if c.baseline == "majority" and c.winner == c.candidate]
@@ -201,37 +210,33 @@ class Held:
 
     def _check_sentence(self, sentence):
         worse = re.search(r"perhaps ([\d.]+) to [\d.]+ points worse", sentence)
-        least = float(worse[1]) / 100 if worse else 0.0
-        if self.says("cannot rule it out", sentence):
-            assert least < self.margin + 0.0006  # figures are rounded to a tenth of a point
+        least = float(worse[1]) / 100 if worse else 0.0  # figures are rounded to a tenth of a point
+        if self.says("do not expect more rows", sentence):
+            assert least < self.margin + 0.0006
         if self.says("is shown to fall short", sentence):
             assert worse
             assert least > self.margin - 0.0006
-        if self.says("too few rows to show", sentence):
-            cheaper, dearer = re.search(rf"that ({ANY}) is at most .* behind ({ANY}):", sentence).groups()
-            assert not self.as_good(NAMED[cheaper], NAMED[dearer])
+        named = re.search(rf"too few rows to (?:show that|rely on) ({ANY}).* (?:behind|ahead of) ({ANY}):", sentence)
+        if named:
+            self.says("too few rows to", sentence)
+            assert not self.as_good(NAMED[named[1]], NAMED[named[2]])
         if asked := re.search(r"`baseline.sample_size` (?:to|at) (\d+)", sentence):
             self.says("sample_size", sentence)
             JobSpec.model_validate({"baseline": {"sample_size": int(asked[1])}})
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_what_is_said_never_contradicts_what_was_found(part):
+@pytest.mark.parametrize("honest", [True, False])
+@pytest.mark.parametrize("part", range(2))
+def test_what_is_said_never_contradicts_what_was_found(part, honest):
     made = Counter()
-    for seed in range(60 * part, 60 * (part + 1)):
-        answers, margin = drawn(seed)
+    for seed in range(80 * part, 80 * (part + 1)):
+        answers, margin = drawn(seed, honest)
         try:
             made.update(Held(answers, margin).check())
         except AssertionError as error:
             raise AssertionError(f"seed {seed}") from error
     often = {"No method is right more often than", "No method is right more often on all test rows", "is ahead of"}
-    often |= {
-        "cannot rule it out",
-        "Nothing is proven",
-        "No method pays off",
-        "fine-tuning buys",
-        "prompting is not shown",
-    }
+    often |= {"do not expect more rows", "Nothing is proven", "No method pays off", "fine-tuning buys"}
     assert often <= made.keys()
 
 
@@ -244,37 +249,54 @@ def test_a_row_of_the_subset_does_not_hide_what_the_whole_test_part_shows():
     assert (told.method, told.best()) == ("zero_shot_prompt", "lora")
     assert told.reason.startswith(
         "Zero-shot prompting is the cheapest method shown to lose no more than 5 percentage points of accuracy against "
-        "the best one, LoRA fine-tuning: 95.3 % against 95.0 % of 300 test rows"
+        "the most accurate one on all test rows, LoRA fine-tuning: 95.3 % against 95.0 % of 300 test rows"
     )
     assert told.headline.startswith("Fine-tuning buys nothing here: zero-shot prompting is right on 95.3 % of 300 ")
 
 
-def test_a_lead_on_the_subset_that_is_not_shown_does_not_stand_in_the_way_of_a_cheaper_method():
+def test_a_lead_on_the_subset_that_is_not_shown_does_not_stand_in_the_way_of_a_cheaper_method_and_is_told():
     wrong = {"majority": (200, 1200), "tfidf_logreg": (15, 70), "zero_shot_prompt": (14, 0), "lora": (16, 66)}
     told = Held(of(2000, 300, wrong), margin=0.02)
     told.check()
-    assert told.lead("zero_shot_prompt", "lora") > 0
     assert told.method == "tfidf_logreg"
-    assert "the best one, LoRA fine-tuning: 95.8 % against 95.9 % of 2,000" in told.reason
+    assert "the most accurate one on all test rows, LoRA fine-tuning: 95.8 % against 95.9 % of 2,000" in told.reason
+    assert told.reason.endswith(
+        "Zero-shot prompting is ahead of LoRA fine-tuning where both were run, and not shown to be better: 95.3 % "
+        "against 94.7 % of 300 test rows, in truth perhaps 0.0 to 1.7 points better (95 % interval)."
+    )
 
 
-def test_a_cheaper_prompt_that_is_ahead_of_the_best_is_recommended_however_few_its_rows():
+def test_a_cheaper_prompt_that_is_ahead_has_to_show_it_and_is_told_how():
     wrong = {"majority": (40, 200), "tfidf_logreg": (20, 90), "zero_shot_prompt": (0, 0), "lora": (3, 11)}
     told = Held(of(300, 60, wrong), margin=0.02)
     told.check()
-    assert (told.method, told.best()) == ("zero_shot_prompt", "lora")
-    assert not told.as_good("zero_shot_prompt", "lora")
+    assert told.method == told.best() == "lora"
     assert told.reason == (
-        "Zero-shot prompting is ahead of LoRA fine-tuning where both were run; no cheaper one is shown to come within "
-        "2 percentage points of LoRA fine-tuning. There are too few rows to show that zero-shot prompting is at most 2 "
-        "percentage points behind LoRA fine-tuning: 100.0 % against 95.0 % of 60 test rows, in truth perhaps up to "
-        "11.7 points better (95 % interval); with figures like these, about 190 test rows would be enough, and this "
-        "file has them: set `baseline.sample_size` to 190."
+        "No method is right more often on all test rows than LoRA fine-tuning (95.3 % of 300 test rows, and 95.0 % of "
+        "60 test rows that were prompted); no cheaper one is shown to come within 2 percentage points of it. There are "
+        "too few rows to rely on zero-shot prompting, which is ahead of LoRA fine-tuning: 100.0 % against 95.0 % of 60 "
+        "test rows, in truth perhaps 0.0 to 11.7 points better (95 % interval); with figures like these, about 190 "
+        "test rows would be enough, and this file has them: set `baseline.sample_size`, the rows prompted, to 190."
     )
     assert told.headline == (
-        "Fine-tuning is not shown to pay off: zero-shot prompting is right on 100.0 % of 60 test rows, ahead of LoRA "
-        "fine-tuning where both were run."
+        "Fine-tuning comes out first on all test rows, but not clearly: LoRA fine-tuning is right on 95.3 % of 300 "
+        "test rows, not shown to be better than zero-shot prompting."
     )
+    shown = Held(of(300, 60, wrong | {"lora": (8, 11)}), margin=0.02)
+    shown.check()
+    assert shown.method == "zero_shot_prompt"
+
+
+def test_of_two_prompts_that_are_ahead_the_one_that_is_shown_to_be_takes_the_place():
+    answers = of(600, 100, {"majority": (80, 400), "zero_shot_prompt": (20, 0), "lora": (30, 70)})
+    # It errs less, but on rows that LoRA has right.
+    few_shot = ((np.arange(100) >= 50) & (np.arange(100) < 69)).astype(np.int64)
+    answers["few_shot_prompt"] = replace(answers["zero_shot_prompt"], subset_ids=few_shot)
+    told = Held(answers, margin=0.0)
+    told.check()
+    assert told.lead("few_shot_prompt", "lora") > told.lead("zero_shot_prompt", "lora") > 0
+    assert told.winner("few_shot_prompt", "lora") is None
+    assert told.method == "zero_shot_prompt"
 
 
 def test_a_dearer_prompt_has_to_show_its_lead_to_be_recommended():
@@ -283,17 +305,17 @@ def test_a_dearer_prompt_has_to_show_its_lead_to_be_recommended():
     told.check()
     assert told.method == "tfidf_logreg"
     assert told.reason.endswith(
-        "Zero-shot prompting is ahead of it where both were run, and not shown to be better: 94.0 % against 93.3 % of "
-        "300 test rows, in truth perhaps up to 1.7 points better (95 % interval)."
+        "Zero-shot prompting is ahead of TF-IDF with logistic regression where both were run, and not shown to be "
+        "better: 94.0 % against 93.3 % of 300 test rows, in truth perhaps 0.0 to 1.7 points better (95 % interval)."
     )
     assert told.headline == (
-        "Prompting is not shown to pay off: TF-IDF with logistic regression is right on 96.0 % of 2,000 test rows, no "
-        "other method run on all of them is right on more of those."
+        "Prompting is not shown to pay off: TF-IDF with logistic regression is right on 96.0 % of 2,000 test rows, and "
+        "no other method run on all test rows does better."
     )
     shown = Held(of(2000, 300, wrong | {"zero_shot_prompt": (2, 0)}), margin=0.0)
     shown.check()
     assert shown.method == "zero_shot_prompt"
-    assert shown.headline.endswith("99.3 % of 300 test rows, shown to be ahead of TF-IDF with logistic regression.")
+    assert shown.headline.endswith("99.3 % of 300 test rows, shown to be better than TF-IDF with logistic regression.")
 
 
 def test_where_methods_lead_in_a_circle_nothing_is_said_that_a_pair_denies():
