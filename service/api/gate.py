@@ -22,8 +22,9 @@ from service.api.schemas import GateOut, GateSkippedOut
 from service.core.errors import BaseNotServed, Conflict, ModelDamaged, NotFound
 from service.db import jobs
 from service.db.models import Dataset, Model
-from service.ml.dataset import TableFormat, fold, read_rows
+from service.ml.dataset import TableFormat, read_rows
 from service.ml.evidence import SIGNIFICANCE, Ids, beats, compare, holm, same_texts, withhold
+from service.ml.findings import fold
 from service.ml.split import ALGORITHM, stratified_subset
 from service.storage import StoredText
 

@@ -42,20 +42,6 @@ from service.ml.table import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "DatasetProfile",
-    "DatasetWarning",
-    "LabelCount",
-    "Row",
-    "TableFormat",
-    "TextLength",
-    "UploadOptions",
-    "fold",
-    "profile",
-    "read_frame",
-    "read_rows",
-]
-
 _PARTS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from service.ml.dataset import fold
+from service.ml.findings import fold
 
 SHINGLE_CHARS = 5
 # One word of a ten-word sentence changed leaves about 0.7 of the shingles of both in common.

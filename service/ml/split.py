@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.core.errors import InvalidData
-from service.ml.dataset import TableFormat, fold, read_frame
+from service.ml.dataset import TableFormat, read_frame
+from service.ml.findings import fold
 from service.ml.labels import LabelSet
 from service.ml.table import TextSource
 

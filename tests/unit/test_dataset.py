@@ -27,7 +27,8 @@ from service.core.errors import (
     TooManyLabels,
     UnsupportedMedia,
 )
-from service.ml.dataset import Row, TableFormat, UploadOptions, fold, profile, read_frame, read_rows
+from service.ml.dataset import Row, TableFormat, UploadOptions, profile, read_frame, read_rows
+from service.ml.findings import fold
 
 LABELS = ("refund", "fee")
 

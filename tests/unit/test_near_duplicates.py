@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.ml.dataset import fold
+from service.ml.findings import fold
 from service.ml.near_duplicates import SHINGLE_CHARS, THRESHOLD, pairs_across
 from tests.tiny import labelled_texts
 

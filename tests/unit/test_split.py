@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.ml.dataset import fold
+from service.ml.findings import fold
 from service.ml.labels import LabelSet
 from service.ml.split import PARTS, growing_order, split_as_given, split_rows, stratified_subset
 
