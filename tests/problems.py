@@ -1,7 +1,10 @@
 """What every error answer must look like."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
+
+from service.core.errors import AppError
 
 _TELLTALE = re.compile(r'Traceback|site-packages|\.py\b|File "|/tmp/|/home/|/work/|sqlalchemy|pydantic', re.IGNORECASE)
 
@@ -25,3 +28,9 @@ def problem_of(response: Any, status: int, code: str) -> dict[str, Any]:
     if status == 401:
         assert response.headers["www-authenticate"] == "Bearer"
     return body
+
+
+def every_error(kind: type[AppError] = AppError) -> Iterator[type[AppError]]:
+    for error in kind.__subclasses__():
+        yield error
+        yield from every_error(error)

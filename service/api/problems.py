@@ -1,14 +1,13 @@
 """Every error as RFC 9457 problem+json, and which status each kind of error has."""
 
 import difflib
-import logging
+import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -17,30 +16,15 @@ from service.core.errors import AppError, InvalidInput
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
-log = logging.getLogger("tuneproof.api")
 
 STATUS: dict[type[AppError], int] = {
     errors.InvalidInput: 422,
-    errors.InvalidData: 422,
-    errors.InvalidEncoding: 422,
-    errors.MalformedRows: 422,
-    errors.DuplicateColumns: 422,
-    errors.ColumnNotFound: 422,
-    errors.NoRows: 422,
-    errors.InvalidLabels: 422,
-    errors.TooFewLabels: 422,
-    errors.TooManyLabels: 422,
-    errors.RareLabels: 422,
-    errors.InvalidSplit: 422,
-    errors.UnknownBaseModel: 422,
-    errors.IdempotencyKeyReused: 422,
     errors.UnsupportedMedia: 415,
     errors.TooLarge: 413,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.Conflict: 409,
-    errors.PromotionRefused: 409,
     errors.LeaseLost: 409,
     errors.QueueFull: 429,
     errors.TooManyStreams: 503,
@@ -50,7 +34,6 @@ STATUS: dict[type[AppError], int] = {
     errors.BaseNotServed: 503,
     errors.ModelUnavailable: 503,
     errors.EndpointUnavailable: 503,
-    errors.BudgetSpent: 503,
     errors.OutOfMemory: 503,
     errors.RoundTripFailed: 500,
     errors.ModelDamaged: 500,
@@ -58,16 +41,21 @@ STATUS: dict[type[AppError], int] = {
     errors.DeadlinePassed: 504,
     errors.LowDisk: 507,
 }
+"""An error that does not stand here has the status of the kind that it is one of."""
 _SLUGS = {
     400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type",
     416: "range_not_satisfiable", 500: "internal",
 }  # fmt: skip
 
 
+def status_of(error: type[AppError]) -> int:
+    return next(STATUS[kind] for kind in error.__mro__ if kind in STATUS)
+
+
 def problem(
     request: Request, status: int, code: str, detail: str, entries: Sequence[Mapping[str, Any]] = (),
     headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None,
-) -> JSONResponse:  # fmt: skip
+) -> Response:  # fmt: skip
     """One error answer; 401, 429 and 503 get the header that says what to do next. `more` are extension members."""
     headers = dict(headers or {})
     if status in (429, 503):
@@ -78,33 +66,35 @@ def problem(
         "type": f"urn:tuneproof:problem:{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": _clean(detail),
+        "detail": detail,
         "code": code,
-        "errors": [_clean_entry(entry) for entry in entries],
+        "errors": list(entries),
         "request_id": request.scope.get("state", {}).get("request_id", ""),
         **(more or {}),
     }
-    return JSONResponse(body, status, headers, MEDIA_TYPE)
+    # A lone surrogate cannot be written as UTF-8; it must not turn an error into a crash.
+    written = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return Response(written, status, headers, MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
     """Makes every error of the application a problem."""
 
     @app.exception_handler(AppError)
-    async def app_error(request: Request, error: AppError) -> JSONResponse:
+    async def app_error(request: Request, error: AppError) -> Response:
         detail = f"{error.detail} {error.hint}" if error.hint else error.detail
         more = {"columns": error.columns} if isinstance(error, errors.InvalidData) and error.columns else {}
         wait = error.retry_after_seconds
         headers = {} if wait is None else {"Retry-After": str(wait)}
-        return problem(request, STATUS[type(error)], error.code, detail, error.errors, headers, more)
+        return problem(request, status_of(type(error)), error.code, detail, error.errors, headers, more)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid_request(request: Request, error: RequestValidationError) -> Response:
         found = invalid(error.errors())
         return problem(request, 422, found.code, found.detail, found.errors)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         status, detail = error.status_code, str(error.detail)
         if status == 404:
             detail = "Nothing is at this path. The routes are listed at /docs."
@@ -198,16 +188,3 @@ def _values(node: dict[str, Any]) -> str:
 
 def _names_a_branch(part: str) -> bool:
     return part in {"int", "float", "bool", "str"} or part.startswith(("literal[", "constrained-", "function-"))
-
-
-def _clean_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _clean(value) if isinstance(value, str) else _clean_list(value) for key, value in entry.items()}
-
-
-def _clean_list(value: Any) -> Any:
-    return [_clean(part) if isinstance(part, str) else part for part in value] if isinstance(value, list) else value
-
-
-def _clean(text: str) -> str:
-    """A lone surrogate cannot be written as UTF-8; it must not turn an error into a crash."""
-    return text.encode("utf-8", "replace").decode()

@@ -7,10 +7,11 @@ import pytest
 from fastapi.testclient import TestClient
 from markdown_it import MarkdownIt
 
-from service.api.problems import STATUS
+from service.api.problems import status_of
 from service.core.errors import InvalidData
 from service.core.settings import Settings
 from tests.documents import ROOT
+from tests.problems import every_error
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -50,10 +51,10 @@ def test_every_error_code_is_listed_with_its_status() -> None:
         for status in re.findall(r"\b[45]\d\d\b", row)
         for code in re.findall(r"`([a-z_]+)`", row)
     }
-    for error, status in STATUS.items():
+    for error in every_error():
         if error.code in ("lease_lost", *JOB_CODES):
             continue
-        assert (str(status), error.code) in listed, error
+        assert (str(status_of(error)), error.code) in listed, error
     assert {code for code in JOB_CODES if f"`{code}`" not in section("api.md", "Jobs")} == set()
 
 
@@ -74,7 +75,7 @@ def test_every_warning_about_a_file_is_explained() -> None:
 
 
 def test_the_faq_names_no_code_that_does_not_exist() -> None:
-    known = {error.code for error in STATUS} | {"not_found", "worker_lost"}
+    known = {error.code for error in every_error()} | {"not_found", "worker_lost"}
     asked = {code for line in re.findall(r"\*\*(.+?)\*\*", page("faq.md")) for code in re.findall(r"`([a-z_]+)`", line)}
     assert len(asked) > 10
     assert {name for name in asked if "_" in name} <= known
