@@ -79,22 +79,16 @@ class Envelope:
 
         FastAPI's own `max_body_size` answers with plain text, which is no problem+json.
         """
-        received = int(declared[:20]) if declared.isdigit() else 0  # of thousands of digits Python makes no number
-        too_large = TooLarge("The body is larger than this service takes; see TUNEPROOF_MAX_UPLOAD_BYTES.")
-        if received > self.max_body_bytes:
-
-            async def refuse() -> Message:
-                raise too_large
-
-            return refuse
+        said = int(declared[:20]) if declared.isdigit() else 0  # of thousands of digits Python makes no number
         received = 0
 
         async def count() -> Message:
             nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self.max_body_bytes:
-                raise too_large
-            return message
+            if said <= self.max_body_bytes:
+                message = await receive()
+                received += len(message.get("body", b""))
+                if received <= self.max_body_bytes:
+                    return message
+            raise TooLarge("The body is larger than this service takes; see TUNEPROOF_MAX_UPLOAD_BYTES.")
 
         return count
