@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +29,8 @@ class Child(Protocol):
         """SIGKILL, to it and whatever it has started."""
 
 
-class Launcher(Protocol):
-    """Starts a child on a folder that `worker.run` understands."""
-
-    def __call__(self, folder: Path) -> Child: ...
+Launcher = Callable[[Path], Child]
+"""Starts a child on a folder that `worker.run` understands."""
 
 
 class LocalChild:
@@ -54,10 +52,6 @@ class LocalChild:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def messages(self, wait_seconds: float) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(queue.Empty):
             yield self._said.get(timeout=wait_seconds)
@@ -69,17 +63,11 @@ class LocalChild:
         return None if self._reader.is_alive() else self._process.poll()
 
     def ask_to_stop(self) -> None:
-        self._signal(signal.SIGTERM, group=False)
+        self._process.terminate()
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL, group=True)
-
-    def _signal(self, number: int, *, group: bool) -> None:
         with contextlib.suppress(ProcessLookupError):
-            if group:
-                os.killpg(self._process.pid, number)
-            else:
-                self._process.send_signal(number)
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _read(self) -> None:
         assert self._process.stdout is not None  # it was started with a pipe
