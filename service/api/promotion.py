@@ -1,5 +1,6 @@
 """Aliases: which model stands behind a name, and the gate a model passes before it takes another's place."""
 
+import contextlib
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
@@ -122,15 +123,9 @@ async def _gate(
 
 def _move(ctx: Context, alias: str, candidate: Model, incumbent: Model | None, force: bool) -> AliasMovedOut | None:
     """Moves the alias; None where it no longer points to the model that the candidate was checked against."""
-    try:
-        return _pointed(ctx, alias, candidate, incumbent, force)
-    except (IntegrityError, StaleDataError):  # another one made or deleted the alias in this moment
-        return None
-
-
-def _pointed(ctx: Context, alias: str, candidate: Model, incumbent: Model | None, force: bool) -> AliasMovedOut | None:
-    with ctx.db.write() as session:
-        if not force and catalog.pointed_to(session, alias, lock=True) != (incumbent.id if incumbent else None):
-            return None
-        row = catalog.point_alias(session, alias, candidate.id, ctx.clock())
-        return AliasMovedOut(alias=row.alias, model_id=row.model_id, updated_at=row.updated_at, gate=None)
+    # Suppressed is what is raised where another one made or deleted the alias in this moment.
+    with contextlib.suppress(IntegrityError, StaleDataError), ctx.db.write() as session:
+        if force or catalog.pointed_to(session, alias, lock=True) == (incumbent.id if incumbent else None):
+            row = catalog.point_alias(session, alias, candidate.id, ctx.clock())
+            return AliasMovedOut(alias=row.alias, model_id=row.model_id, updated_at=row.updated_at, gate=None)
+    return None
