@@ -122,12 +122,9 @@ def delete_job(ctx: Ctx, job_id: str) -> Response:
 
 
 @router.get("/jobs/{job_id}/report", response_class=Response)
-def get_report(ctx: Ctx, job_id: str) -> Response:
+def get_report(request: Request, ctx: Ctx, job_id: str) -> Response:
     """The report, as a page."""
-    artifact = artifact_of(ctx, job_id, "report.html")
-    return StreamingResponse(
-        ctx.storage.chunks(artifact.storage_key), media_type=_TYPES[".html"], headers=_PAGE_HEADERS
-    )
+    return get_artifact(request, ctx, job_id, "report.html")
 
 
 @router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=Response)
