@@ -151,15 +151,8 @@ def store(ctx: Context, upload: UploadFile, form: DatasetForm, then: Callable[[S
 
 def dataset_out(dataset: Dataset) -> DatasetOut:
     found: dict[str, Any] = dataset.profile
-    table = found["format"]
-    columns = {key: table[key] for key in ("text_column", "label_column", "split_column")}
-    return DatasetOut(
-        id=dataset.id, name=dataset.name, created_at=dataset.created_at, sha256=dataset.sha256,
-        size_bytes=dataset.size_bytes, n_rows=found["n_rows"], n_usable_rows=found["n_usable_rows"], **columns,
-        delimiter=table["delimiter"], has_header=table["has_header"], encoding=table["encoding"],
-        inferred=list(found["inferred"]), labels=found["labels"], text_length=found["text_length"],
-        warnings=found["warnings"], columns=found.get("columns", []),
-    )  # fmt: skip
+    known = {key: getattr(dataset, key) for key in ("id", "name", "created_at", "sha256", "size_bytes")}
+    return DatasetOut.model_validate({"columns": []} | found | found["format"] | known)
 
 
 def _copy(source: IO[bytes], target: Any, max_bytes: int) -> tuple[str, int]:
