@@ -1,11 +1,10 @@
 """Which device to compute on, and in which precision."""
 
-import time
+import timeit
 from functools import cache
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 Precision = Literal["bf16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,14 +47,7 @@ def bf16_pays_on_cpu(at_least: float = 1.2) -> bool:
     return _matmul_seconds(torch.float32) > at_least * _matmul_seconds(torch.bfloat16)
 
 
-def _matmul_seconds(dtype: torch.dtype, repeats: int = 7) -> float:
-    """Least seconds of a (512, 384) x (384, 1536) product: other work on the machine only ever adds."""
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """Least seconds of four (512, 384) x (384, 1536) products: other work on the machine only ever adds."""
     left, right = torch.ones(512, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
-    return min(_timed(left, right) for _ in range(repeats))
-
-
-def _timed(left: Tensor, right: Tensor) -> float:
-    start = time.perf_counter()
-    for _ in range(4):
-        torch.mm(left, right)
-    return time.perf_counter() - start
+    return min(timeit.repeat(lambda: torch.mm(left, right), number=4, repeat=7))
