@@ -13,7 +13,6 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -314,9 +313,8 @@ def _port(settings: Settings) -> Iterator[Finding]:
 def _is_tuneproof(host: str, port: int) -> bool:
     near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- nothing is bound
     try:
-        with closing(httpx.Client(trust_env=False, timeout=3)) as client:
-            url = httpx.URL(scheme="http", host=near, port=port, path="/healthz")
-            return bool(client.get(url).json() == {"status": "ok"})
+        url = httpx.URL(scheme="http", host=near, port=port, path="/healthz")
+        return bool(httpx.get(url, trust_env=False, timeout=3).json() == {"status": "ok"})
     except (httpx.HTTPError, ValueError):
         return False
 
