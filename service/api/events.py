@@ -15,6 +15,7 @@ from service.api.context import Context, Ctx, Limit, caller_of
 from service.api.schemas import EventOut, Page
 from service.core.errors import NotFound, TooManyStreams, Unauthorized
 from service.db import jobs
+from service.db.engine import existing
 from service.db.models import Event, Job
 
 router = APIRouter(tags=["jobs"])
@@ -113,9 +114,7 @@ def _look(ctx: Context, job_id: str, last: int, limit: int = _EVENTS_A_LOOK) -> 
     ).where(Job.id == job_id)
     events = select(Event).where(Event.job_id == job_id, Event.id > last).order_by(Event.id).limit(limit)
     with ctx.db.read() as session:
-        found = session.execute(state).one_or_none()
-        if found is None:
-            raise jobs.no_such_job()
+        found = existing(session.execute(state).one_or_none(), jobs.NO_SUCH_JOB)
         rows = session.scalars(events).all()
     return _State(*found), [EventOut.model_validate(row, from_attributes=True) for row in rows]
 

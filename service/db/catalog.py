@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
 from service.db import jobs
-from service.db.engine import Database
+from service.db.engine import Database, existing
 from service.db.models import Alias, AliasMove, ApiKey, Dataset, Garbage, Job, Model, Worker
 
 SCOPES = ("predict", "read", "write", "admin")
@@ -33,10 +33,7 @@ def newest(
 
 
 def get_dataset(session: Session, dataset_id: str) -> Dataset:
-    dataset = session.get(Dataset, dataset_id)
-    if dataset is None:
-        raise NotFound("No dataset has that id. List them with GET /datasets.")
-    return dataset
+    return existing(session.get(Dataset, dataset_id), "No dataset has that id. List them with GET /datasets.")
 
 
 def remove_dataset(session: Session, dataset_id: str, now: datetime, grace: timedelta) -> None:
@@ -55,9 +52,7 @@ def find_model(session: Session, id_or_alias: str, *, lock: bool = False) -> Mod
     pointed = select(Alias.model_id).where(Alias.alias == id_or_alias)
     query = select(Model).where((Model.id == id_or_alias) | Model.id.in_(pointed))  # no alias is like an id
     model = session.scalars(query.with_for_update(read=True) if lock else query).one_or_none()
-    if model is None:
-        raise NotFound("No model has that id or alias. List them with GET /models and GET /aliases.")
-    return model
+    return existing(model, "No model has that id or alias. List them with GET /models and GET /aliases.")
 
 
 def named_models(session: Session, names: Iterable[str]) -> tuple[list[Model], list[str]]:
@@ -75,11 +70,9 @@ def models_with_alias(session: Session) -> list[Model]:
     return list(session.scalars(select(Model).where(exists().where(Alias.model_id == Model.id)).order_by(Model.id)))
 
 
-def get_model(session: Session, model_id: str) -> Model:
-    model = session.get(Model, model_id)
-    if model is None:
-        raise NotFound("No model has that id. List them with GET /models.")
-    return model
+def get_model(session: Session, model_id: str, *, lock: bool = False) -> Model:
+    model = session.get(Model, model_id, with_for_update=True if lock else None)
+    return existing(model, "No model has that id. List them with GET /models.")
 
 
 def aliases_of(session: Session, model_ids: Sequence[str]) -> dict[str, list[str]]:
@@ -91,7 +84,7 @@ def aliases_of(session: Session, model_ids: Sequence[str]) -> dict[str, list[str
 
 def remove_model(session: Session, model_id: str, now: datetime, grace: timedelta) -> None:
     """Deletes a model. Raises Conflict while an alias points to it, or a job predicts with it."""
-    model = session.get(Model, model_id, with_for_update=True) or get_model(session, model_id)
+    model = get_model(session, model_id, lock=True)
     waiting = session.scalars(jobs.open_jobs_with(model_id).limit(1)).first()
     if waiting is not None:
         raise Conflict(f"{waiting} is still to predict with this model. Wait for it, or cancel it, then delete.")
@@ -123,17 +116,13 @@ def point_alias(session: Session, alias: str, model_id: str, now: datetime) -> A
 def remove_alias(session: Session, alias: str) -> None:
     """Deletes an alias; where it has pointed stays to be read. Raises NotFound."""
     row = session.get(Alias, alias)
-    if row is None:
-        raise NotFound("No alias has that name. List them with GET /aliases.")
-    session.delete(row)
+    session.delete(existing(row, "No alias has that name. List them with GET /aliases."))
 
 
 def moves_of(session: Session, alias: str) -> list[AliasMove]:
     """Where an alias has pointed, newest first, also once it is deleted. Raises NotFound where it never was."""
     moves = list(session.scalars(select(AliasMove).where(AliasMove.alias == alias).order_by(AliasMove.id.desc())))
-    if not moves:
-        raise NotFound("There never was an alias of that name. List them with GET /aliases.")
-    return moves
+    return existing(moves or None, "There never was an alias of that name. List them with GET /aliases.")
 
 
 def alias_history(session: Session) -> list[tuple[Alias, list[AliasMove]]]:
@@ -180,9 +169,9 @@ def list_keys(session: Session) -> list[ApiKey]:
 
 
 def revoke_key(session: Session, key_id: str, now: datetime) -> None:
-    key = session.get(ApiKey, key_id)
-    if key is None:
-        raise NotFound("No key has that id. List them with GET /keys or `tuneproof keys list`.")
+    key = existing(
+        session.get(ApiKey, key_id), "No key has that id. List them with GET /keys or `tuneproof keys list`."
+    )
     key.revoked_at = key.revoked_at or now
 
 

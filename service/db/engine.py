@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.orm import Session
 
+from service.core.errors import NotFound
+
 BUSY_TIMEOUT_SECONDS = 30
+Row = TypeVar("Row")
 
 
 class Database:
@@ -45,6 +48,13 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def existing(row: Row | None, otherwise: str) -> Row:
+    """The row that was looked for. Raises NotFound, with these words, where there is none."""
+    if row is None:
+        raise NotFound(otherwise)
+    return row
 
 
 def migrate(url: str) -> None:

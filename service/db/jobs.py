@@ -12,10 +12,10 @@ from typing import Any, Literal
 from sqlalchemy import CursorResult, Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from service.core.errors import Conflict, LeaseLost, NotFound
+from service.core.errors import Conflict, LeaseLost
 from service.core.ids import new_id, new_token
 from service.db import outbox, tallies
-from service.db.engine import Database
+from service.db.engine import Database, existing
 from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
 
 Level = Literal["info", "warning", "error"]
@@ -23,6 +23,7 @@ EventType = Literal["status", "progress", "metric", "message"]
 STATUSES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 TERMINAL = ("succeeded", "failed", "cancelled")
 HELD = ("running", "cancelling")
+NO_SUCH_JOB = "No job has that id. List them with GET /jobs."
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def submit(
     now: datetime, webhook_url: str | None = None, model_id: str | None = None,
 ) -> Job:  # fmt: skip
     """Queues a job; `model_id` is the model it is to predict with. Raises NotFound where its dataset is gone."""
-    if session.get(Dataset, dataset_id) is None:
-        raise NotFound("No dataset has that id. List them with GET /datasets, or upload one with POST /datasets.")
+    existing(
+        session.get(Dataset, dataset_id),
+        "No dataset has that id. List them with GET /datasets, or upload one with POST /datasets.",
+    )
     job = Job(
         id=new_id("job"), kind=kind, name=name, status="queued", stage=None, dataset_id=dataset_id, model_id=model_id,
         spec=spec, job_metadata=metadata, summary=None, error=None, created_at=now, webhook_url=webhook_url,
@@ -299,14 +302,7 @@ def remove(session: Session, job_id: str, now: datetime, grace: timedelta) -> No
 
 
 def get(session: Session, job_id: str, *, lock: bool = False) -> Job:
-    job = session.get(Job, job_id, with_for_update=True if lock else None)
-    if job is None:
-        raise no_such_job()
-    return job
-
-
-def no_such_job() -> NotFound:
-    return NotFound("No job has that id. List them with GET /jobs.")
+    return existing(session.get(Job, job_id, with_for_update=True if lock else None), NO_SUCH_JOB)
 
 
 def open_jobs_on(dataset_id: str) -> Select[str]:
