@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import ipaddress
 import shutil
 from collections.abc import Awaitable, Callable, Coroutine
@@ -163,7 +162,7 @@ def _bearer(request: Request) -> str | None:
 
 def _name_of(secret: str) -> tuple[str, str]:
     """What a key is remembered by: not its secret."""
-    return "key", hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+    return "key", catalog.hash_of(secret)
 
 
 def _key_of(ctx: Context, secret: str) -> ApiKey | None:

@@ -75,7 +75,7 @@ def _database(ctx: Context) -> tuple[str, list[str], list[str] | str]:
         with ctx.db.read() as session:
             has, needs = revisions(session.connection())
             _models, unknown = catalog.named_models(session, ctx.settings.preloaded)
-            seen = [row["id"] for row in catalog.workers_seen(session, ctx.clock() - WORKER_SILENT)]
+            seen = catalog.workers_seen(session, ctx.clock() - WORKER_SILENT)
     except Exception as error:  # noqa: BLE001 -- whatever the driver raises, it is not ready
         todo = "Is it running, and does its disk have space? `tuneproof doctor` looks closer."
         return f"cannot be read ({type(error).__name__}). {todo}", [], "not known without the database"

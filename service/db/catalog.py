@@ -4,7 +4,7 @@ import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy import ColumnElement, delete, exists, select
 from sqlalchemy.orm import Session
@@ -143,7 +143,7 @@ def create_key(
     """A new key and its secret, which is shown this once and stored only as a hash."""
     secret = secret or f"tp_{secrets.token_urlsafe(32)}"
     key = ApiKey(
-        id=new_id("key"), name=name, scope=scope, secret_sha256=_hash(secret), created_at=now, expires_at=expires_at
+        id=new_id("key"), name=name, scope=scope, secret_sha256=hash_of(secret), created_at=now, expires_at=expires_at
     )
     session.add(key)
     return key, secret
@@ -151,7 +151,7 @@ def create_key(
 
 def find_key(session: Session, secret: str, now: datetime) -> ApiKey | None:
     """The live key of that secret. Looked up by its hash, so timing tells nothing about other secrets."""
-    key = session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == _hash(secret))).one_or_none()
+    key = session.scalars(select(ApiKey).where(ApiKey.secret_sha256 == hash_of(secret))).one_or_none()
     return key if key is not None and is_live(key, now) else None
 
 
@@ -182,10 +182,11 @@ def saw_worker(db: Database, worker_id: str, started_at: datetime, now: datetime
         session.execute(delete(Worker).where(Worker.seen_at < now - timedelta(days=1)))
 
 
-def workers_seen(session: Session, since: datetime) -> list[dict[str, Any]]:
-    rows = session.scalars(select(Worker).where(Worker.seen_at >= since).order_by(Worker.id))
-    return [{"id": row.id, "started_at": row.started_at, "seen_at": row.seen_at} for row in rows]
+def workers_seen(session: Session, since: datetime) -> list[str]:
+    """Their ids."""
+    return list(session.scalars(select(Worker.id).where(Worker.seen_at >= since).order_by(Worker.id)))
 
 
-def _hash(secret: str) -> str:
+def hash_of(secret: str) -> str:
+    """What is kept of a key's secret, or of a session's token, in its place."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

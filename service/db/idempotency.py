@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, delete, update
+from sqlalchemy import delete, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -100,16 +100,16 @@ def keep(session: Session, mine: Claim, status: int, body: dict[str, Any], locat
         AnsweredElsewhere: another answered under this key meanwhile; the transaction must not be committed.
     """
     if mine.key_sha256:
-        result = session.execute(
+        written = session.scalar(
             update(IdempotentAnswer)
             .where(
                 IdempotentAnswer.caller == mine.caller, IdempotentAnswer.key_sha256 == mine.key_sha256,
                 IdempotentAnswer.request_sha256 == mine.request_sha256, IdempotentAnswer.status.is_(None),
             )
             .values(status=status, body=body, location=location, token=mine.token)
+            .returning(IdempotentAnswer.token)
         )  # fmt: skip
-        assert isinstance(result, CursorResult)
-        if result.rowcount != 1:
+        if written is None:
             raise AnsweredElsewhere
     return Answer(status, body, location, mine.token)
 

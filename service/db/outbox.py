@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import CursorResult, delete, exists, select, update
+from sqlalchemy import delete, exists, select, update
 from sqlalchemy.orm import Session
 
 from service.core.ids import new_id
@@ -59,9 +59,8 @@ def settle(session: Session, delivery: Delivery, due_at: datetime | None) -> boo
     """Ends a call, or puts it off until `due_at`. False where it is no longer ours: somebody else has taken it."""
     ours = (Delivery.id == delivery.id, Delivery.attempt == delivery.attempt)
     change = delete(Delivery).where(*ours) if due_at is None else update(Delivery).where(*ours).values(due_at=due_at)
-    result = session.execute(change, execution_options={"synchronize_session": False})
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+    options = {"synchronize_session": False}
+    return session.scalar(change.returning(Delivery.id), execution_options=options) is not None
 
 
 def _text(time: datetime | None) -> str | None:

@@ -2,7 +2,7 @@
 same and nothing is counted twice or taken back when a job is deleted.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -13,16 +13,6 @@ from sqlalchemy.orm import Session
 from service.db.models import Job, Tally
 
 _INSERT: dict[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
-
-
-@dataclass(frozen=True)
-class Tallied:
-    """`value` is how jobs ended, or a stage; `seconds` is 0 for ends."""
-
-    kind: str
-    value: str
-    count: int
-    seconds: float
 
 
 def count_end(session: Session, job: Job) -> None:
@@ -36,9 +26,8 @@ def count_stage(session: Session, job: Job, now: datetime) -> None:
         _add(session, "stage", job.kind, job.stage, max((now - job.stage_started_at).total_seconds(), 0.0))
 
 
-def tallied(session: Session, what: Literal["ended", "stage"]) -> list[Tallied]:
-    rows = session.scalars(select(Tally).where(Tally.what == what).order_by(Tally.kind, Tally.value))
-    return [Tallied(row.kind, row.value, row.count, row.seconds) for row in rows]
+def tallied(session: Session, what: Literal["ended", "stage"]) -> Sequence[Tally]:
+    return session.scalars(select(Tally).where(Tally.what == what).order_by(Tally.kind, Tally.value)).all()
 
 
 def _add(session: Session, what: str, kind: str, value: str, seconds: float) -> None:
