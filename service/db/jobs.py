@@ -1,7 +1,7 @@
-"""The queue: submit, claim, renew, finish. One statement each; the time is always passed in.
+"""The queue: submit, claim, renew, finish. One transaction each; the time is always passed in.
 
-A claim is a lease. Everything a worker writes filters on job, attempt and token, so one that lost its lease changes
-nothing: it gets `LeaseLost`.
+A claim is a lease. Whatever a worker writes, it first locks the row that has its job, attempt and token, so one that
+lost its lease changes nothing: it gets `LeaseLost`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import CursorResult, Select, delete, func, select, update
+from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from service.core.errors import Conflict, LeaseLost
@@ -123,8 +123,9 @@ def claim(db: Database, worker_id: str, now: datetime, lease_seconds: float) -> 
 def renew(db: Database, lease: Lease, now: datetime, lease_seconds: float) -> str:
     """Prolongs the lease; gives the job's status (`running` or `cancelling`). Raises LeaseLost."""
     with db.write() as session:
-        _held(session, lease, {"lease_expires_at": now + timedelta(seconds=lease_seconds)})
-        return session.scalars(select(Job.status).where(Job.id == lease.job_id)).one()
+        job = _held(session, lease)
+        job.lease_expires_at = now + timedelta(seconds=lease_seconds)
+        return job.status
 
 
 def status_under(db: Database, lease: Lease) -> str:
@@ -151,20 +152,16 @@ def report(
     events: Sequence[tuple[Level, EventType, str, dict[str, Any]]] = (), spec: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes what a running attempt has to say, in one transaction. Raises LeaseLost."""
-    values: dict[str, Any] = {}
-    if progress is not None:
-        values = {
-            "stage": progress.stage, "progress_fraction": progress.fraction, "progress_message": progress.message,
-            "eta_seconds": progress.eta_seconds,
-        }  # fmt: skip
-    if spec is not None:
-        values["spec"] = spec
     with db.write() as session:
-        before = None if progress is None else session.get(Job, lease.job_id)
-        moved = before is not None and values["stage"] != before.stage
-        _held(session, lease, values | ({"stage_started_at": now} if moved else {}))
-        if before is not None and moved:
-            tallies.count_stage(session, before, now)
+        job = _held(session, lease)
+        if progress is not None:
+            if progress.stage != job.stage:
+                tallies.count_stage(session, job, now)
+                job.stage, job.stage_started_at = progress.stage, now
+            job.progress_fraction, job.progress_message = progress.fraction, progress.message
+            job.eta_seconds = progress.eta_seconds
+        if spec is not None:
+            job.spec = spec
         for level, kind, message, data in events:
             add_event(session, lease.job_id, kind, message, now, level=level, data=data)
 
@@ -172,10 +169,10 @@ def report(
 def keep_checkpoint(db: Database, lease: Lease, prefix: str, now: datetime, grace: timedelta) -> None:
     """Names the checkpoint the next attempt goes on from; the one before it becomes garbage. Raises LeaseLost."""
     with db.write() as session:
-        before = session.scalars(select(Job.checkpoint_prefix).where(Job.id == lease.job_id)).one_or_none()
-        _held(session, lease, {"checkpoint_prefix": prefix})
-        if before != prefix:
-            _discard(session, before, now + grace)
+        job = _held(session, lease)
+        if job.checkpoint_prefix != prefix:
+            _discard(session, job.checkpoint_prefix, now + grace)
+            job.checkpoint_prefix = prefix
 
 
 def publish(
@@ -188,39 +185,34 @@ def publish(
         LeaseLost: another attempt holds the job, or it was cancelled in the meantime.
     """
     with db.write() as session:
-        checkpoint = session.scalars(select(Job.checkpoint_prefix).where(Job.id == lease.job_id)).one_or_none()
-        lora = next((model.id for model in models if model.method == "lora"), None)
-        final = {
-            "status": "succeeded", "finished_at": now, "summary": summary, "progress_fraction": 1.0,
-            "progress_message": "done", "eta_seconds": 0.0, "checkpoint_prefix": None, "error": None,
-        } | ({} if lora is None else {"model_id": lora})  # fmt: skip
-        _held(session, lease, final | _NO_LEASE, statuses=("running",))
-        name = session.scalars(select(Job.name).where(Job.id == lease.job_id)).one()
+        job = _held(session, lease, statuses=("running",))
+        _discard(session, job.checkpoint_prefix, now + grace)
+        job.checkpoint_prefix, job.error, job.summary = None, None, summary
+        job.progress_fraction, job.progress_message = 1.0, "done"
+        job.model_id = next((model.id for model in models if model.method == "lora"), job.model_id)
+        name = job.name
         version = session.scalars(select(func.coalesce(func.max(Model.version), 0)).where(Model.name == name)).one()
         session.add_all(Artifact(job_id=lease.job_id, **asdict(artifact)) for artifact in artifacts)
         session.add_all(
             Model(name=name, version=version + i, job_id=lease.job_id, created_at=now, **asdict(model))
             for i, model in enumerate(models, 1)
         )
-        _discard(session, checkpoint, now + grace)
-        _ended(session, lease.job_id, "succeeded", now)
+        _end(session, job, "succeeded", "succeeded", now)
+        job.eta_seconds = 0.0
 
 
 def fail(db: Database, lease: Lease, error: dict[str, Any], now: datetime, grace: timedelta) -> None:
     """Ends the job for good: trying again would end the same way. Raises LeaseLost."""
     with db.write() as session:
-        _held(session, lease, {"status": "failed", "finished_at": now, "error": error, "eta_seconds": None} | _NO_LEASE)
+        job = _held(session, lease)
         _discard(session, lease.prefix, now + grace)
-        _ended(session, lease.job_id, f"failed: {error['message']}", now, level="error", data=error)
+        _fail(session, job, error, now)
 
 
 def lose(db: Database, lease: Lease, reason: str, max_attempts: int, now: datetime, grace: timedelta) -> None:
     """An attempt died. The job is queued again, or ends as `worker_lost` after too many. Raises LeaseLost."""
     with db.write() as session:
-        job = session.get(Job, lease.job_id, with_for_update=True)
-        if job is None or (job.attempt, job.lease_token) != (lease.attempt, lease.token) or job.status not in HELD:
-            raise _lost(lease)
-        _lose(session, job, reason, max_attempts, now, grace)
+        _lose(session, _held(session, lease), reason, max_attempts, now, grace)
 
 
 def give_back(db: Database, lease: Lease, now: datetime, grace: timedelta) -> None:
@@ -229,21 +221,22 @@ def give_back(db: Database, lease: Lease, now: datetime, grace: timedelta) -> No
     One that was being cancelled ends cancelled: there is nothing left to stop.
     """
     with db.write() as session:
-        _held(session, lease, {})
-        status = session.scalars(select(Job.status).where(Job.id == lease.job_id)).one()
-        if status == "cancelling":
-            _end_cancelled(session, lease, now, grace)
-            return
-        tallies.count_stage(session, get(session, lease.job_id), now)
-        _held(session, lease, _QUEUED | _NO_LEASE)
+        job = _held(session, lease)
         _discard(session, lease.prefix, now + grace)
-        add_event(session, lease.job_id, "status", "queued again: its worker was stopped", now)
+        if job.status == "cancelling":
+            _end(session, job, "cancelled", "cancelled", now)
+            return
+        tallies.count_stage(session, job, now)
+        _queue(job)
+        add_event(session, job.id, "status", "queued again: its worker was stopped", now)
 
 
 def confirm_cancelled(db: Database, lease: Lease, now: datetime, grace: timedelta) -> None:
     """The attempt has stopped, as was asked. Raises LeaseLost."""
     with db.write() as session:
-        _end_cancelled(session, lease, now, grace)
+        job = _held(session, lease)
+        _discard(session, lease.prefix, now + grace)
+        _end(session, job, "cancelled", "cancelled", now)
 
 
 def reap(db: Database, now: datetime, max_attempts: int, grace: timedelta) -> int:
@@ -268,8 +261,7 @@ def cancel(session: Session, job_id: str, now: datetime) -> Job:
     if job.status in TERMINAL:
         raise Conflict(f"The job has already ended ({job.status}); there is nothing to cancel.")
     if job.status == "queued":
-        job.status, job.finished_at = "cancelled", now
-        _ended(session, job.id, "cancelled", now)
+        _end(session, job, "cancelled", "cancelled", now)
     elif job.status == "running":
         job.status = "cancelling"
         add_event(session, job.id, "status", "cancelling", now)
@@ -285,8 +277,7 @@ def retry(session: Session, job_id: str, now: datetime) -> Job:
         raise Conflict("The job's dataset was deleted. Upload it again and start a new job.")
     if job.model_id is not None and session.get(Model, job.model_id, with_for_update={"read": True}) is None:
         raise Conflict("The model that the job predicts with was deleted. Start a new job with another one.")
-    for name, value in _QUEUED.items():
-        setattr(job, name, value)
+    _queue(job)
     job.failures, job.error, job.finished_at = 0, None, None
     add_event(session, job.id, "status", "queued again: retry", now)
     return job
@@ -348,62 +339,52 @@ def collected(db: Database, garbage_id: int) -> None:
         session.execute(delete(Garbage).where(Garbage.id == garbage_id))
 
 
-_NO_LEASE: dict[str, Any] = {"lease_token": None, "lease_expires_at": None, "worker_id": None}
-_QUEUED: dict[str, Any] = {
-    "status": "queued", "stage": None, "progress_fraction": 0.0, "progress_message": "", "eta_seconds": None,
-}  # fmt: skip
-
-
-def _held(session: Session, lease: Lease, values: dict[str, Any], statuses: Sequence[str] = HELD) -> None:
-    """Writes to the job under the lease, or raises LeaseLost; with no values it only checks."""
-    result = session.execute(
-        update(Job)
-        .where(
-            Job.id == lease.job_id, Job.attempt == lease.attempt, Job.lease_token == lease.token,
-            Job.status.in_(statuses),
-        )
-        .values(**(values or {"attempt": lease.attempt})),
-        execution_options={"synchronize_session": False},
-    )  # fmt: skip
-    assert isinstance(result, CursorResult)
-    if result.rowcount != 1:
+def _held(session: Session, lease: Lease, statuses: Sequence[str] = HELD) -> Job:
+    """The job, to be written to under the lease: locked until the transaction ends. Raises LeaseLost."""
+    mine = (Job.id == lease.job_id, Job.attempt == lease.attempt, Job.lease_token == lease.token)
+    job = session.scalars(select(Job).where(*mine, Job.status.in_(statuses)).with_for_update()).one_or_none()
+    if job is None:
         raise _lost(lease)
-
-
-def _end_cancelled(session: Session, lease: Lease, now: datetime, grace: timedelta) -> None:
-    _held(session, lease, {"status": "cancelled", "finished_at": now, "eta_seconds": None} | _NO_LEASE)
-    _discard(session, lease.prefix, now + grace)
-    _ended(session, lease.job_id, "cancelled", now)
-
-
-def _ended(
-    session: Session, job_id: str, message: str, now: datetime, *, level: Level = "info",
-    data: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
-    """What every end of a job goes through, in the transaction that ends it: its event, its tallies, its webhook."""
-    session.flush()
-    job = session.get_one(Job, job_id, populate_existing=True)  # `_held` writes past the session
-    add_event(session, job_id, "status", message, now, level=level, data=data)
-    tallies.count_stage(session, job, now)
-    tallies.count_end(session, job)
-    outbox.announce(session, job, now)
+    return job
 
 
 def _lost(lease: Lease) -> LeaseLost:
     return LeaseLost(f"Attempt {lease.attempt} no longer holds the job; its results are not used.")
 
 
+def _let_go(job: Job) -> None:
+    job.lease_token = job.lease_expires_at = job.worker_id = job.eta_seconds = None
+
+
+def _queue(job: Job) -> None:
+    _let_go(job)
+    job.status, job.stage, job.progress_fraction, job.progress_message = "queued", None, 0.0, ""
+
+
+def _end(
+    session: Session, job: Job, status: str, message: str, now: datetime, *, level: Level = "info",
+    data: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """What every end of a job goes through, in the transaction that ends it: its event, its tallies, its webhook."""
+    _let_go(job)
+    job.status, job.finished_at = status, now
+    add_event(session, job.id, "status", message, now, level=level, data=data)
+    tallies.count_stage(session, job, now)
+    tallies.count_end(session, job)
+    outbox.announce(session, job, now)
+
+
+def _fail(session: Session, job: Job, error: dict[str, Any], now: datetime) -> None:
+    job.error = error
+    _end(session, job, "failed", f"failed: {error['message']}", now, level="error", data=error)
+
+
 def _lose(session: Session, job: Job, reason: str, max_attempts: int, now: datetime, grace: timedelta) -> None:
     assert job.lease_token is not None  # it is held
     _discard(session, Lease(job.id, job.attempt, job.lease_token).prefix, now + grace)
-    cancelled = job.status == "cancelling"
-    for name, value in _NO_LEASE.items():
-        setattr(job, name, value)
     job.failures += 1
-    job.eta_seconds = None
-    if cancelled:
-        job.status, job.finished_at = "cancelled", now
-        _ended(session, job.id, f"cancelled; {reason}", now)
+    if job.status == "cancelling":
+        _end(session, job, "cancelled", f"cancelled; {reason}", now)
     elif job.failures >= max_attempts:
         error = {
             "code": "worker_lost", "message": f"Attempt {job.attempt} ended: {reason}. "
@@ -411,12 +392,10 @@ def _lose(session: Session, job: Job, reason: str, max_attempts: int, now: datet
             "hint": "See the worker's log for what killed it (often a lack of memory); POST /jobs/{id}/retry goes on "
             "from the last checkpoint.",
         }  # fmt: skip
-        job.status, job.finished_at, job.error = "failed", now, error
-        _ended(session, job.id, f"failed: {error['message']}", now, level="error", data=error)
+        _fail(session, job, error, now)
     else:
         tallies.count_stage(session, job, now)
-        for name, value in _QUEUED.items():
-            setattr(job, name, value)
+        _queue(job)
         message = f"attempt {job.attempt} ended: {reason}; queued again"
         add_event(session, job.id, "status", message, now, level="warning", data={"failures": job.failures})
 
