@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.datastructures import UploadFile
 
-from service.api.context import Context, Ctx, Limit, after
+from service.api.context import Context, Ctx, Limit, after, takes
 from service.api.idempotency import IdempotencyKey, answer_once, form_content, respond
 from service.api.problems import from_pydantic
 from service.api.schemas import DatasetForm, DatasetOut, Page, RowOut
@@ -31,8 +31,7 @@ UPLOAD_FIELDS = tuple(DatasetForm.model_fields)
 Made = TypeVar("Made")
 
 
-@router.post("/datasets", status_code=201, response_model=DatasetOut, openapi_extra={"requestBody": {"content": {
-    "multipart/form-data": {"schema": {"$ref": "#/components/schemas/DatasetUpload"}}}, "required": True}})  # fmt: skip
+@router.post("/datasets", status_code=201, response_model=DatasetOut, openapi_extra=takes(form="DatasetUpload"))
 async def create_dataset(request: Request, ctx: Ctx, key: IdempotencyKey = None) -> Response:
     """Upload a CSV or TSV; the answer says how it was read and what was found in it."""
     upload, fields = await read_form(request, UPLOAD_FIELDS)

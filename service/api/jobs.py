@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from service.api.context import Context, Ctx, Limit, after, json_body, parse_json
+from service.api.context import Context, Ctx, Limit, after, json_body, parse_json, takes
 from service.api.datasets import UPLOAD_FIELDS, read_form, store, upload_form
 from service.api.idempotency import IdempotencyKey, answer_once, form_content, json_content, respond
 from service.api.schemas import ArtifactOut, DatasetForm, JobOut, Page, ProgressOut
@@ -42,9 +42,7 @@ _PAGE_HEADERS = {
 }
 
 
-@router.post("/jobs", status_code=202, response_model=JobOut, openapi_extra={"requestBody": {"content": {
-    "application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}},
-    "multipart/form-data": {"schema": {"$ref": "#/components/schemas/JobUpload"}}}, "required": True}})  # fmt: skip
+@router.post("/jobs", status_code=202, response_model=JobOut, openapi_extra=takes(json="JobSpec", form="JobUpload"))
 async def create_job(request: Request, ctx: Ctx, key: IdempotencyKey = None) -> Response:
     """Start a job: JSON that names a dataset, or one multipart call with the CSV itself."""
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):

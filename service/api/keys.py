@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy import select
 
-from service.api.context import Context, Ctx, Limit, after, json_body
+from service.api.context import Context, Ctx, Limit, after, json_body, takes
 from service.api.idempotency import IdempotencyKey, answer_once, json_content, respond
 from service.api.schemas import KeyIn, KeyOut, NewKeyOut, Page
 from service.core.errors import Conflict
@@ -28,8 +28,7 @@ def list_keys(ctx: Ctx, limit: Limit = 50, after: after("key") = None) -> Page[K
     return Page(data=[KeyOut.model_validate(row) for row in rows], has_more=more)
 
 
-@router.post("/keys", status_code=201, response_model=NewKeyOut, openapi_extra={"requestBody": {"content": {
-    "application/json": {"schema": {"$ref": "#/components/schemas/KeyIn"}}}, "required": True}})  # fmt: skip
+@router.post("/keys", status_code=201, response_model=NewKeyOut, openapi_extra=takes(json="KeyIn"))
 async def create_key(
     request: Request, ctx: Ctx, body: Annotated[KeyIn, Depends(json_body(KeyIn, 1 << 16))], key: IdempotencyKey = None
 ) -> Response:

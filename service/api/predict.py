@@ -7,7 +7,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.api.context import Context, Ctx, json_body, unless_gone
+from service.api.context import Context, Ctx, json_body, takes, unless_gone
 from service.api.recent import SECONDS, SECONDS_UNCHANGING
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, ThresholdOut, UsageOut
 from service.core.errors import Conflict, InvalidInput, ModelDamaged
@@ -20,8 +20,7 @@ from service.ml.calibration import Threshold, threshold_for
 router = APIRouter(tags=["predict"])
 
 
-@router.post("/predict", response_model=PredictOut, openapi_extra={"requestBody": {"content": {
-    "application/json": {"schema": {"$ref": "#/components/schemas/PredictIn"}}}, "required": True}})  # fmt: skip
+@router.post("/predict", response_model=PredictOut, openapi_extra=takes(json="PredictIn"))
 async def predict(request: Request, ctx: Ctx) -> Response:
     """Labels for texts, in their order, all from one published version of one model."""
     settings = ctx.settings

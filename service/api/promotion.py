@@ -10,7 +10,7 @@ from sqlalchemy.orm.exc import StaleDataError
 from starlette.concurrency import run_in_threadpool
 
 from service.api import gate
-from service.api.context import Context, Ctx, json_body
+from service.api.context import Context, Ctx, json_body, takes
 from service.api.schemas import (
     AliasIn,
     AliasMovedOut,
@@ -41,15 +41,7 @@ AliasName = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$"), AfterVa
 def list_aliases(ctx: Ctx) -> Page[AliasWithHistoryOut]:
     """Every alias with where it pointed before, newest first."""
     with ctx.db.read() as session:
-        data = [
-            AliasWithHistoryOut(
-                alias=alias.alias,
-                model_id=alias.model_id,
-                updated_at=alias.updated_at,
-                history=[AliasMoveOut(model_id=move.model_id, created_at=move.created_at) for move in moves],
-            )
-            for alias, moves in catalog.alias_history(session)
-        ]
+        data = [AliasWithHistoryOut.model_validate(alias) for alias in catalog.list_aliases(session)]
     return Page(data=data, has_more=False)
 
 
@@ -57,8 +49,7 @@ def list_aliases(ctx: Ctx) -> Page[AliasWithHistoryOut]:
 def get_alias_history(ctx: Ctx, alias: AliasName) -> Page[AliasMoveOut]:
     """Where one alias has pointed, newest first; also once it is deleted."""
     with ctx.db.read() as session:
-        moves = catalog.moves_of(session, alias)
-    data = [AliasMoveOut(model_id=move.model_id, created_at=move.created_at) for move in moves]
+        data = [AliasMoveOut.model_validate(move) for move in catalog.moves_of(session, alias)]
     return Page(data=data, has_more=False)
 
 
@@ -74,8 +65,7 @@ async def look_at_gate(
     return await _gate(ctx, candidate, incumbent, request.is_disconnected)
 
 
-@router.put("/aliases/{alias}", response_model=AliasMovedOut, openapi_extra={"requestBody": {"content": {
-    "application/json": {"schema": {"$ref": "#/components/schemas/AliasIn"}}}, "required": True}})  # fmt: skip
+@router.put("/aliases/{alias}", response_model=AliasMovedOut, openapi_extra=takes(json="AliasIn"))
 async def put_alias(
     request: Request, ctx: Ctx, alias: AliasName, body: Annotated[AliasIn, Depends(json_body(AliasIn, 1 << 16))]
 ) -> AliasMovedOut:

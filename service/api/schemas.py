@@ -196,11 +196,15 @@ class AliasIn(BaseModel):
 
 
 class AliasMoveOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
     model_id: str
     created_at: datetime
 
 
 class AliasOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
     alias: str
     model_id: str
     updated_at: datetime

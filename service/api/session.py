@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.api.context import SESSION_COOKIE, Context, Ctx, caller_of, json_body, refuse_other_sites
+from service.api.context import SESSION_COOKIE, Context, Ctx, caller_of, json_body, refuse_other_sites, takes
 from service.api.schemas import SessionIn, SessionKeyOut, SessionOut
 from service.core.errors import Unauthorized
 from service.db import catalog, sessions
@@ -21,8 +21,7 @@ def get_session(request: Request, ctx: Ctx) -> SessionOut:
     return SessionOut(scope=caller.scope, key=key, keys_exist=ctx.keys_exist())
 
 
-@router.post("/session", status_code=204, openapi_extra={"requestBody": {"content": {
-    "application/json": {"schema": {"$ref": "#/components/schemas/SessionIn"}}}, "required": True}})  # fmt: skip
+@router.post("/session", status_code=204, openapi_extra=takes(json="SessionIn"))
 async def open_session(
     request: Request, ctx: Ctx, body: Annotated[SessionIn, Depends(json_body(SessionIn, 1 << 16))]
 ) -> Response:

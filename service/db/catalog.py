@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import TypeVar
 
 from sqlalchemy import ColumnElement, delete, exists, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, selectinload
 
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
@@ -125,11 +125,9 @@ def moves_of(session: Session, alias: str) -> list[AliasMove]:
     return existing(moves or None, "There never was an alias of that name. List them with GET /aliases.")
 
 
-def alias_history(session: Session) -> list[tuple[Alias, list[AliasMove]]]:
-    moves: dict[str, list[AliasMove]] = {}
-    for move in session.scalars(select(AliasMove).order_by(AliasMove.id.desc())):
-        moves.setdefault(move.alias, []).append(move)
-    return [(alias, moves.get(alias.alias, [])) for alias in session.scalars(select(Alias).order_by(Alias.alias))]
+def list_aliases(session: Session) -> list[Alias]:
+    """Every alias, with its history."""
+    return list(session.scalars(select(Alias).options(selectinload(Alias.history)).order_by(Alias.alias)))
 
 
 def create_key(

@@ -15,7 +15,7 @@ from sqlalchemy import (
     TypeDecorator,
     UniqueConstraint,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -146,13 +146,16 @@ class Model(Base):
 
 
 class Alias(Base):
-    """A name that points to one model at a time."""
+    """A name that points to one model at a time; `history` is newest first."""
 
     __tablename__ = "aliases"
 
     alias: Mapped[str] = mapped_column(String(64), primary_key=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     updated_at: Mapped[datetime]
+    history: Mapped[list["AliasMove"]] = relationship(
+        primaryjoin="Alias.alias == foreign(AliasMove.alias)", order_by="AliasMove.id.desc()", viewonly=True
+    )
 
 
 class AliasMove(Base):

@@ -119,9 +119,9 @@ def test_an_alias_points_where_it_was_last_put_and_remembers_the_rest(db: Databa
             catalog.point_alias(session, "live", model_id, START + timedelta(days=day))
     with db.read() as session:
         assert catalog.find_model(session, "live").id == first
-        [(alias, moves)] = catalog.alias_history(session)
+        [alias] = catalog.list_aliases(session)
         assert (alias.alias, alias.updated_at) == ("live", START + timedelta(days=2))
-        assert [move.model_id for move in moves] == [first, second, first]
+        assert [move.model_id for move in alias.history] == [first, second, first]
         assert catalog.aliases_of(session, [first, second]) == {first: ["live"], second: []}
 
 
@@ -152,7 +152,7 @@ def test_an_alias_cannot_point_to_a_model_that_is_not_there(db: Database) -> Non
     with pytest.raises(NotFound), db.write() as session:
         catalog.point_alias(session, "live", "mdl_0", START)
     with db.read() as session:
-        assert catalog.alias_history(session) == []
+        assert catalog.list_aliases(session) == []
 
 
 # Keys ---------------------------------------------------------------------------------------------
