@@ -9,7 +9,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,6 @@ _STATUS_SECONDS = 0.5
 _LAST_WORD_SECONDS = 10.0  # from a child's result or error to killing it, where it does not end by itself
 _GRACE_SECONDS = 2.5  # from asking a child to stop to killing it: a cancel is to take under five
 log = logging.getLogger("tuneproof.worker")
-
-
-@dataclass
-class Outcome:
-    """What a child had to say at its end: a result, an error, or nothing."""
-
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
 
 
 class Supervisor:
@@ -107,6 +98,7 @@ class Attempt:
         self._cancelling = False
         self._stage_told: str | None = None
         self._stop_asked: float | None = None
+        self._ends: dict[str, dict[str, Any]] = {}  # what the child had to say at its end: a result, an error, nothing
         self._last_word: float | None = None
         self._stored: dict[str, Stored] = {}
         self._kept: str | None = None
@@ -116,10 +108,10 @@ class Attempt:
         self._stage()
         child = self.supervisor.launcher(self.place)
         try:
-            outcome = self._follow(child)
+            self._follow(child)
         finally:
             child.kill()
-        self._finish(child, outcome)
+        self._finish(child)
 
     def _stage(self) -> None:
         """Fetches the dataset, the model that is to label it, and the last checkpoint into the child's folder."""
@@ -164,23 +156,23 @@ class Attempt:
         }
         (self.place / "job.json").write_text(json.dumps(job), encoding="utf-8")
 
-    def _follow(self, child: Child) -> Outcome:
+    def _follow(self, child: Child) -> None:
         """Passes on what the child says, keeps the lease, stops the child where it must, until it has ended."""
-        outcome = Outcome()
         while True:
             ended = child.ended() is not None  # asked first: what it said before its end is still to be heard
             for message in child.messages(0 if ended else _LOOK_SECONDS):
-                self._heard(message, outcome)
+                self._heard(message)
                 if not ended:  # here too: a child may talk without a pause
                     self._keep_lease()
                     self._stop_where_due(child)
             if ended:
-                return outcome
+                return
             self._keep_lease()
             self._stop_where_due(child)
-            self._end_after_last_word(child, outcome)
+            if self._last_word is not None and time.monotonic() - self._last_word > _LAST_WORD_SECONDS:
+                child.kill()
 
-    def _heard(self, message: dict[str, Any], outcome: Outcome) -> None:
+    def _heard(self, message: dict[str, Any]) -> None:
         kind = message.pop("type")
         if kind == "progress":
             progress = Progress(**message)
@@ -195,10 +187,8 @@ class Attempt:
             self._report(spec=given)
         elif kind == "checkpoint":
             self._keep_checkpoint(Path(message["folder"]))
-        elif kind == "result":
-            outcome.result = message
-        elif kind == "error":
-            outcome.error = message
+        elif kind in ("result", "error"):
+            self._ends[kind], self._last_word = message, time.monotonic()
 
     def _keep_checkpoint(self, folder: Path) -> None:
         prefix = f"jobs/{self.lease.job_id}/checkpoints/{self.lease.attempt}-{self.lease.token}/{folder.name}"
@@ -253,22 +243,15 @@ class Attempt:
         elif time.monotonic() - self._stop_asked > _GRACE_SECONDS:
             child.kill()
 
-    def _end_after_last_word(self, child: Child, outcome: Outcome) -> None:
-        if outcome.result is None and outcome.error is None:
-            return
-        self._last_word = self._last_word or time.monotonic()
-        if time.monotonic() - self._last_word > _LAST_WORD_SECONDS:
-            child.kill()
-
-    def _finish(self, child: Child, outcome: Outcome) -> None:
+    def _finish(self, child: Child) -> None:
         status = child.ended()
         log.info("the child ended with status %s", status)
         if self._cancelling:
             jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
-        elif outcome.result is not None:
-            self._publish(outcome.result)
-        elif outcome.error is not None:
-            self._fail(outcome.error)
+        elif "result" in self._ends:
+            self._publish(self._ends["result"])
+        elif "error" in self._ends:
+            self._fail(self._ends["error"])
         elif self.supervisor.stop.is_set():
             jobs.give_back(self.db, self.lease, self._now(), self.supervisor.grace)
         elif status is not None and (status < 0 or status == os.EX_TEMPFAIL):
