@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, caller_of
 from service.api.meters import WORKER_SILENT, Meters
@@ -34,14 +33,14 @@ async def healthz() -> HealthOut:
 
 
 @router.get("/readyz", response_model=ReadyOut, response_model_exclude_none=True, responses={503: {"model": ReadyOut}})
-async def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
+def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
     """Whether it can do its work; with a key, in words."""
-    ready, checks = await run_in_threadpool(_checks, ctx)
+    ready, checks = _checks(ctx)
     if not ready:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
     try:
-        await run_in_threadpool(caller_of, request, ctx)
+        caller_of(request, ctx)
     except Unauthorized:
         checks = {}
     except SQLAlchemyError as error:  # whose key it is cannot be looked up: the log is told instead

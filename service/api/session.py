@@ -3,9 +3,8 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
-from starlette.concurrency import run_in_threadpool
 
-from service.api.context import SESSION_COOKIE, Context, Ctx, caller_of, json_body, refuse_other_sites, takes
+from service.api.context import SESSION_COOKIE, Ctx, caller_of, json_body, refuse_other_sites, takes
 from service.api.schemas import SessionIn, SessionKeyOut, SessionOut
 from service.core.errors import Unauthorized
 from service.db import catalog, sessions
@@ -22,12 +21,18 @@ def get_session(request: Request, ctx: Ctx) -> SessionOut:
 
 
 @router.post("/session", status_code=204, openapi_extra=takes(json="SessionIn"))
-async def open_session(
+def open_session(
     request: Request, ctx: Ctx, body: Annotated[SessionIn, Depends(json_body(SessionIn, 1 << 16))]
 ) -> Response:
     """Signs in with a key: sets a cookie that counts as the key for seven days."""
     refuse_other_sites(request)  # else a stranger could sign somebody in with a key of his own
-    token = await run_in_threadpool(_open, ctx, body.key.get_secret_value(), request.cookies.get(SESSION_COOKIE))
+    with ctx.db.write() as session:
+        key = catalog.find_key(session, body.key.get_secret_value().strip(), ctx.clock())
+        if key is None:
+            raise Unauthorized("The key is unknown, revoked or expired. Make one with `tuneproof keys create`.")
+        if before := request.cookies.get(SESSION_COOKIE):
+            sessions.end_session(session, before)
+        token = sessions.open_session(session, key, ctx.clock())
     response = Response(status_code=204)
     response.set_cookie(
         SESSION_COOKIE, token, max_age=int(sessions.LASTS.total_seconds()), httponly=True, samesite="strict",
@@ -38,26 +43,12 @@ async def open_session(
 
 
 @router.delete("/session", status_code=204)
-async def end_session(request: Request, ctx: Ctx) -> Response:
+def end_session(request: Request, ctx: Ctx) -> Response:
     """Signs out: the cookie is dropped, and the session behind it."""
     refuse_other_sites(request)
     if token := request.cookies.get(SESSION_COOKIE):
-        await run_in_threadpool(_end, ctx, token)
+        with ctx.db.write() as session:
+            sessions.end_session(session, token)
     response = Response(status_code=204)
     response.delete_cookie(SESSION_COOKIE, httponly=True, samesite="strict")
     return response
-
-
-def _open(ctx: Context, secret: str, before: str | None) -> str:
-    with ctx.db.write() as session:
-        key = catalog.find_key(session, secret.strip(), ctx.clock())
-        if key is None:
-            raise Unauthorized("The key is unknown, revoked or expired. Make one with `tuneproof keys create`.")
-        if before:
-            sessions.end_session(session, before)
-        return sessions.open_session(session, key, ctx.clock())
-
-
-def _end(ctx: Context, token: str) -> None:
-    with ctx.db.write() as session:
-        sessions.end_session(session, token)
