@@ -58,18 +58,18 @@ class LabelTrie:
 
     def allowed_after(self, generated: Sequence[int]) -> list[int]:
         """As `allowed`, by the path from the root; the end tokens alone once it has left the trie."""
-        node = ROOT
-        for token in generated:
-            if token not in self._children[node]:
-                return sorted(self.ends)
-            node = self._children[node][token]
-        return self.allowed(node)
+        node, is_whole = self._walk(generated)
+        return self.allowed(node) if is_whole else sorted(self.ends)
 
     def label_of(self, generated: Sequence[int]) -> int | None:
         """The label that a generated path spells, up to its end token."""
+        return self._ending[self._walk(generated)[0]]
+
+    def _walk(self, generated: Sequence[int]) -> tuple[int, bool]:
+        """The node that a path leads to from the root, and whether it stayed in the trie to its end."""
         node = ROOT
         for token in generated:
             if token not in self._children[node]:
-                break
+                return node, False
             node = self._children[node][token]
-        return self._ending[node]
+        return node, True
