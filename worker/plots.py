@@ -117,7 +117,6 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[
         axes.plot([0, 1], [0, 1], color=_LINE, linewidth=3, label="as right as it says")
         _accuracy_over(axes, "mean_confidence", filled, names)
         axes.set_xlabel("mean confidence")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _share_axis(axes, "share right")
 
     said = (
@@ -139,7 +138,6 @@ def coverage(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[s
     def draw(axes: Axes) -> None:
         _accuracy_over(axes, "coverage", answered, names)
         axes.set_xlabel("rows answered, the least sure left out")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         _share_axis(axes, "share right of those")
 
     said = (
@@ -152,7 +150,8 @@ def coverage(curves: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[s
 def _accuracy_over(
     axes: Axes, key: str, points: Mapping[str, Sequence[Mapping[str, Any]]], names: Mapping[str, str]
 ) -> None:
-    """One line for each method, through its points' `key` and `accuracy`."""
+    """One line for each method, through its points' `key`, a share too, and `accuracy`."""
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     for mark, (method, of) in zip(_MARKS, points.items(), strict=False):
         colour = _ACCENT if method == "lora" else _INK
         axes.plot([p[key] for p in of], [p["accuracy"] for p in of], mark, color=colour, label=names[method])
