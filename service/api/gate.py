@@ -23,7 +23,7 @@ from service.core.errors import BaseNotServed, Conflict, ModelDamaged, NotFound
 from service.db import jobs
 from service.db.models import Dataset, Model
 from service.ml.dataset import TableFormat, read_rows
-from service.ml.evidence import SIGNIFICANCE, Ids, beats, compare, holm, same_texts, withhold
+from service.ml.evidence import SIGNIFICANCE, beats, compare, holm, same_texts, withhold
 from service.ml.findings import fold
 from service.ml.split import ALGORITHM, stratified_subset
 from service.storage import StoredText
@@ -260,14 +260,10 @@ def _judged(fair: FairRows) -> GateOut:
     elif raw.winner is None and pair.mcnemar_p < SIGNIFICANCE:
         notes.append("Repeated texts make the p small; with each counted once, nothing is shown.")
     return GateOut(
-        n=pair.n, candidate_accuracy=_share_right(true_ids, ids), incumbent_accuracy=_share_right(true_ids, other_ids),
+        n=pair.n, candidate_accuracy=np.mean(true_ids == ids), incumbent_accuracy=np.mean(true_ids == other_ids),
         accuracy_delta=pair.accuracy_delta, accuracy_delta_ci95=pair.accuracy_delta_ci95, mcnemar_p=pair.mcnemar_p,
         verdict="incumbent_wins" if pair.verdict == "baseline_wins" else pair.verdict, note=" ".join(notes) or None,
     )  # fmt: skip
-
-
-def _share_right(true_ids: Ids, ids: Ids) -> float:
-    return float(np.mean(true_ids == ids))
 
 
 def _notes(n_unknown: int, n_learned: int) -> list[str]:
