@@ -260,13 +260,9 @@ class PredictIn(BaseModel):
     ) = None
 
     @model_validator(mode="after")
-    def _one_way_to_give_texts(self) -> "PredictIn":
+    def _one_of_two_ways(self) -> "PredictIn":
         if (self.texts is None) == (self.text is None):
             raise ValueError("give either `texts`, a list, or `text`, one string")
-        return self
-
-    @model_validator(mode="after")
-    def _one_threshold(self) -> "PredictIn":
         if self.target_precision is not None and "min_confidence" in self.model_fields_set:
             raise ValueError("give either `min_confidence`, or `target_precision` to have it chosen")
         return self

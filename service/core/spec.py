@@ -59,21 +59,13 @@ class BaselineSpec(_Part):
     ] = {}
 
     @model_validator(mode="after")
-    def _methods_are_distinct(self) -> "BaselineSpec":
+    def _fits_together(self) -> "BaselineSpec":
         if len(set(self.methods)) != len(self.methods):
             raise ValueError("baseline.methods names a method twice; name each once")
-        return self
-
-    @model_validator(mode="after")
-    def _template_has_its_places(self) -> "BaselineSpec":
         if self.prompt_template is not None:
             missing = [place for place in ("{labels}", "{text}") if place not in self.prompt_template]
             if missing:
                 raise ValueError(f"prompt_template must contain {{labels}} and {{text}}; missing: {', '.join(missing)}")
-        return self
-
-    @model_validator(mode="after")
-    def _a_remote_model_answers_freely(self) -> "BaselineSpec":
         if self.decoding == "constrained" and self.prompt_model.startswith(ENDPOINT_PREFIX):
             raise ValueError("decoding must be 'free' for a remote prompt_model: its tokens are chosen elsewhere")
         return self
