@@ -1,7 +1,8 @@
 """Datasets: upload, look, delete."""
 
-import hashlib
 import itertools
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -129,14 +130,14 @@ def store(ctx: Context, upload: UploadFile, form: DatasetForm, then: Callable[[S
     """
     options = UploadOptions(**form.model_dump(exclude={"name"}), max_labels=ctx.settings.max_labels)
     with tempfile.NamedTemporaryFile(dir=ctx.settings.data_dir / "tmp") as file:
-        sha256, size_bytes = _copy(upload.file, file, ctx.settings.max_upload_bytes)
+        _copy(upload.file, file, ctx.settings.max_upload_bytes)
         found = profile(Path(file.name), options)
         dataset_id = new_id("ds")
         file.seek(0)
         stored = ctx.storage.put(file, f"datasets/{dataset_id}/{new_token()}")
     dataset = Dataset(
-        id=dataset_id, name=_name(form, upload), created_at=ctx.clock(), sha256=sha256, size_bytes=size_bytes,
-        storage_key=stored.key, profile=asdict(found),
+        id=dataset_id, name=_name(form, upload), created_at=ctx.clock(), sha256=stored.sha256,
+        size_bytes=stored.size_bytes, storage_key=stored.key, profile=asdict(found),
     )  # fmt: skip
     try:
         with ctx.db.write() as session:
@@ -154,19 +155,14 @@ def dataset_out(dataset: Dataset) -> DatasetOut:
     return DatasetOut.model_validate({"columns": []} | found | found["format"] | known)
 
 
-def _copy(source: IO[bytes], target: Any, max_bytes: int) -> tuple[str, int]:
-    digest, size = hashlib.sha256(), 0
+def _copy(source: IO[bytes], target: Any, max_bytes: int) -> None:
+    if source.seek(0, os.SEEK_END) > max_bytes:
+        raise TooLarge(
+            f"The file is larger than the {max_bytes} bytes this service takes (TUNEPROOF_MAX_UPLOAD_BYTES)."
+        )
     source.seek(0)
-    while chunk := source.read(_CHUNK):
-        size += len(chunk)
-        if size > max_bytes:
-            raise TooLarge(
-                f"The file is larger than the {max_bytes} bytes this service takes (TUNEPROOF_MAX_UPLOAD_BYTES)."
-            )
-        digest.update(chunk)
-        target.write(chunk)
+    shutil.copyfileobj(source, target, _CHUNK)
     target.flush()
-    return digest.hexdigest(), size
 
 
 def _name(form: DatasetForm, upload: UploadFile) -> str:
