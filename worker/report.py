@@ -46,7 +46,11 @@ def render(
     intervals = {method: _interval(figures) for method, _rows, figures in ladder}
     recommended = summary["recommendation"]["method"]
     rows, figures = _widest(methods[recommended])
-    other, label_part = _counterpart(recommended, metrics["comparison"], methods) or (None, rows)
+    # As everywhere, the dearer one is the candidate.
+    pair = _counterpart(recommended, metrics["comparison"], methods)
+    (other, ours), label_part = (
+        (sorted((recommended, pair[0]), key=COST_ORDER.index), pair[1]) if pair else ((None, recommended), rows)
+    )
     calibrated = {
         method: figures for method, _rows, figures in ladder if figures["n"] and "temperature" in figures
     }  # fmt: skip
@@ -54,7 +58,7 @@ def render(
         metrics=metrics,
         summary=summary,
         notes=notes,
-        flips=_shown_flips(flips, recommended, other),
+        flips=_shown_flips(flips, ours, other),
         names=PLAIN_NAMES,
         ladder=ladder,
         intervals=intervals,
@@ -62,6 +66,7 @@ def render(
         recommended=recommended,
         rows=rows,
         figures=figures,
+        ours=ours,
         other=other,
         most_flips=MOST_FLIPS,
         columns=[*metrics["labels"], NO_ANSWER_LABEL],
@@ -70,8 +75,8 @@ def render(
         confused=most_confused(figures["confusion_matrix"], metrics["labels"]),
         label_part=label_part,
         least_rows_of_a_bin=plots.LEAST_ROWS_OF_A_BIN,
-        label_rows=methods[recommended][label_part]["n"],
-        per_label=_per_label(methods, recommended, other, label_part),
+        label_rows=methods[ours][label_part]["n"],
+        per_label=_per_label(methods, ours, other, label_part),
         overtaking=_overtaking(metrics) if metrics["learning_curve"] else None,
         plots=_plots(metrics, ladder, intervals, recommended, calibrated),
         calibration_errors=[(method, of["expected_calibration_error"]) for method, of in calibrated.items()],
@@ -119,10 +124,10 @@ def _counterpart(
 
 
 def _per_label(
-    methods: Mapping[str, Any], recommended: str, other: str | None, part: str
+    methods: Mapping[str, Any], method: str, other: str | None, part: str
 ) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
     """`(label, figures, figures of the other method)`: what changed most first, or the weakest where there is none."""
-    own = methods[recommended][part]["per_label"]
+    own = methods[method][part]["per_label"]
     if other is None:
         return sorted(((label, of, {}) for label, of in own.items()), key=lambda row: row[1]["f1"])
     before = methods[other][part]["per_label"]
@@ -130,20 +135,10 @@ def _per_label(
     return sorted(rows, key=lambda row: -abs(row[1]["f1"] - row[2]["f1"]))
 
 
-def _shown_flips(flips: Sequence[Mapping[str, str]], after: str, before: str | None) -> list[dict[str, str]]:
-    """The first fixed and the first broken rows of the pair, from the side of the recommended method."""
-    shown: dict[str, list[dict[str, str]]] = {"fixed": [], "broken": []}
-    for flip in flips:
-        if {flip["candidate"], flip["baseline"]} != {after, before}:
-            continue
-        ours, theirs = "candidate_answer", "baseline_answer"
-        if flip["candidate"] != after:
-            ours, theirs = theirs, ours
-        kind = "fixed" if flip[ours] == flip["label"] else "broken"
-        if len(shown[kind]) < MOST_FLIPS:
-            known = {key: flip[key] for key in ("row_id", "text", "label")}
-            shown[kind].append(known | {"before": flip[theirs], "after": flip[ours], "flip": kind})
-    return shown["fixed"] + shown["broken"]
+def _shown_flips(flips: Sequence[Mapping[str, str]], after: str, before: str | None) -> list[Mapping[str, str]]:
+    """The first fixed and the first broken rows of the pair."""
+    of_pair = [flip for flip in flips if (flip["candidate"], flip["baseline"]) == (after, before)]
+    return [flip for kind in ("fixed", "broken") for flip in [f for f in of_pair if f["flip"] == kind][:MOST_FLIPS]]
 
 
 def _overtaking(metrics: Mapping[str, Any]) -> str:

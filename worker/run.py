@@ -35,6 +35,7 @@ from service.ml.engine import Engine
 from service.ml.evidence import same_texts
 from service.ml.manifest import FILE as MANIFEST
 from service.ml.manifest import Manifest, sha256_of
+from service.ml.preflight import near_duplicates
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.bulk import Bulk
 from worker.compare import COST_ORDER, MethodAnswers, compare_all, unproven
@@ -130,8 +131,15 @@ class Experiment:
             for rows in (self.split.train, self.split.validation, self.split.test)
         )
         self.reporter.spec(self.spec.model_dump())
-        for found in self.job.dataset.get("warnings", []):
-            self.reporter.event("message", f"{found['message']} ({found['count']:,} rows)", found, level="warning")
+        near, known = near_duplicates(self.table, self.split)[1], self.job.dataset.get("warnings", [])
+        self.warnings = [*known, asdict(near)] if near.count else known
+        for found in self.warnings:
+            self.reporter.event(
+                "message",
+                f"{found['message']} ({found['count']:,} row{'s' * (found['count'] > 1)})",
+                found,
+                level="warning",
+            )
         write_split(self.out / "split.csv", self.table, self.split)
         self.dtype = DTYPES[serving_precision(self.device, self.job.serve_dtype)]
         backbone = load_backbone(ready.base, device=self.device, dtype=self.dtype)
@@ -288,7 +296,7 @@ class Experiment:
         headline, recommendation = judge(judged, comparisons, self.spec.margin, len(labels), self.spec.seed, test_share)
         metrics = self._figures(methods, [asdict(comparison) for comparison in comparisons])
         summary = {
-            "headline": headline,
+            "headline": f"{headline} Prompting was not tested." if self._untested() else headline,
             "recommendation": asdict(recommendation) | {"reason": f"{recommendation.reason}{self._untested()}"},
             "methods": {name: _brief(parts) for name, parts in methods.items()},
         }
@@ -297,7 +305,7 @@ class Experiment:
         write_flips(self.out / "flips.csv", changed := flips(self.table, self.split, subset, answers, comparisons))
         notes = {
             "job_name": self.spec.name or self.job.job_id, "dataset_name": self.job.dataset.get("name", "dataset"),
-            "warnings": self.job.dataset.get("warnings", []), "messages": self.messages,
+            "warnings": self.warnings, "messages": self.messages,
             "spec": self.spec.model_dump(), "unproven": unproven(judged, comparisons),
         }  # fmt: skip
         (self.out / "report.html").write_text(render(metrics, summary, notes, changed), encoding="utf-8")

@@ -55,7 +55,7 @@ def _reasons(choice: Choice, answers: Answers, margin: float, test_share: float)
         PLAIN_NAMES[choice.best],
     )
     lead = None if choice.lead and choice.lead.candidate == choice.best else choice.lead
-    rest = f"; no cheaper one is shown to {f'come within {_points(margin)} of it' if margin else 'be as good'}"
+    rest = "; no cheaper one is shown to be as good" + f", give or take {_points(margin)}" * bool(margin)
     rest *= bool(choice.cheaper)
     if choice.against_best:
         loss = f"no more than {_points(margin)} of accuracy" if margin else "nothing"
@@ -117,7 +117,7 @@ def _headline(choice: Choice, answers: Answers, comparisons: Sequence[PairedComp
     elif lead and lead.candidate == method:
         place = f"shown to be better than {PLAIN_NAMES[lead.baseline]}"
     else:
-        place = f"and no other method run{' on all test rows' * bool(lead)} does better"
+        place = f"and no other method run{' on all test rows' * bool(lead)} is more accurate"
     served = "; its model is published and ready to be served" * (method == "embedding_logreg" and "lora" in answers)
     return f"{_opening(method, gains)}{score}, {place}{served}."
 
@@ -156,14 +156,14 @@ def _too_few_rows(trial: PairedComparison, margin: float, answers: Answers, test
     if trial.n_fixed == trial.n_broken == 0:
         seen = f"on {_rows_of(trial)} the two never differed in what they had right, which says little"
     text = f"show that {cheaper} is at most {_points(margin)} behind {dearer}"
-    text = f"rely on {cheaper}, which is ahead of {dearer}" if trial.accuracy_delta > 0 else text
+    text = f"be sure of {cheaper}, which is ahead of {dearer}" if trial.accuracy_delta > 0 else text
     text = f"there are too few rows to {text}: {seen}"
     needed, prompts = _rows_needed(trial, margin), trial.on == "baseline_subset"
     if needed > 100 * trial.n:
         return f"{text}; to show it would take more than a hundred times as many."
     if prompts and needed > MOST_PROMPTED:
         return f"{text}; to show it would take about {needed:,.0f}, and a job prompts {MOST_PROMPTED:,} at most."
-    text += f"; with figures like these, about {needed:,.0f} test rows would be enough"
+    text += f"; with figures like these, about {needed:,.0f} test rows would settle it"
     if needed <= len(answers[trial.candidate].test_true_ids):
         return f"{text}, and this file has them: set `baseline.sample_size`, the rows prompted, to {needed:.0f}."
     asked = f", with `baseline.sample_size`, the rows prompted, at {needed:.0f}" * prompts

@@ -22,9 +22,10 @@ from service.api.schemas import GateOut, GateSkippedOut
 from service.core.errors import BaseNotServed, Conflict, ModelDamaged, NotFound
 from service.db import jobs
 from service.db.models import Dataset, Model
+from service.ml.columns import shown
 from service.ml.dataset import TableFormat, read_rows
 from service.ml.evidence import SIGNIFICANCE, beats, compare, holm, same_texts, withhold
-from service.ml.findings import fold
+from service.ml.findings import LISTED_LABELS, fold
 from service.ml.split import ALGORITHM, stratified_subset
 from service.storage import StoredText
 
@@ -135,7 +136,7 @@ def _fair_rows(ctx: Context, candidate: Model, incumbent: Model) -> FairRows:
     texts = {fold(row.text) for row in known}
     learned = {text for name, job in learned_by.items() for text in _learned(ctx, name, job, texts)}
     fair = [row for row in known if fold(row.text) not in learned]
-    notes = _notes(len(ours.tested) - len(known), len(known) - len(fair))
+    notes = [*_differences(candidate, incumbent), *_notes(len(ours.tested) - len(known), len(known) - len(fair))]
     if answers is None:
         fair, told = _askable(fair, ctx.settings.predict_max_chars, ours.seed)
         notes += told
@@ -264,6 +265,16 @@ def _judged(fair: FairRows) -> GateOut:
         accuracy_delta=pair.accuracy_delta, accuracy_delta_ci95=pair.accuracy_delta_ci95, mcnemar_p=pair.mcnemar_p,
         verdict="incumbent_wins" if pair.verdict == "baseline_wins" else pair.verdict, note=" ".join(notes) or None,
     )  # fmt: skip
+
+
+def _differences(candidate: Model, incumbent: Model) -> list[str]:
+    """That programs which call the alias meet other labels than before."""
+    pairs = (("new", candidate, incumbent), ("gone", incumbent, candidate))
+    found = [(which, [label for label in one.labels if label not in other.labels]) for which, one, other in pairs]
+    listed = [
+        f"{len(labels)} {which} ({', '.join(map(shown, labels[:LISTED_LABELS]))})" for which, labels in found if labels
+    ]
+    return [f"The labels differ: {', '.join(listed)}. Only rows of the others are compared."] if listed else []
 
 
 def _notes(n_unknown: int, n_learned: int) -> list[str]:

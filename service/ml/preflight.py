@@ -96,16 +96,9 @@ def look(
         InvalidData: the rows cannot be split as asked.
     """
     table, split, algorithm = read_split(file, table_format, shares, seed)
-    parts = np.zeros(len(table.texts), dtype=np.int64)
-    for i, part in enumerate(PARTS):
-        parts[split.part(part)] = i
-    n_chars = np.array([len(text) for text in table.texts])
-    stride = max(-(-len(parts) // MAX_ROWS), -(-int(n_chars.sum()) // MAX_CHARS))
-    sample = np.arange(0, len(parts), stride)
-    warnings = [_missing_labels(table, split)]
-    near, near_rows = _near_duplicates(table, parts, sample)
-    message = "Rows have almost the text of a row in another part of the split; figures on the later part will flatter."
-    warnings.append(warn("near_duplicate_across_parts", message, near_rows))
+    parts, n_chars, sample, stride = _sampled(table, split)
+    near, leaks = near_duplicates(table, split)
+    warnings = [_missing_labels(table, split), leaks]
     truncation, tokens = None, None
     try:
         counts = token_counts(_tokenizer(base_model, folder), [table.texts[i] for i in sample.tolist()])
@@ -136,12 +129,21 @@ def _missing_labels(table: Table, split: Split) -> DatasetWarning:
     return warn("label_missing_from_part", message, table.row_ids[np.isin(table.label_ids, rare)])
 
 
-def _near_duplicates(
-    table: Table, parts: NDArray[np.int64], sample: NDArray[np.int64]
-) -> tuple[NearDuplicates, NDArray[np.int64]]:
-    """What was found, and the ids of all rows concerned, ascending."""
+def _sampled(table: Table, split: Split) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int]:
+    """Each row's part and number of characters; and the rows looked at closer: every so many."""
+    parts = np.zeros(len(table.texts), dtype=np.int64)
+    for i, part in enumerate(PARTS):
+        parts[split.part(part)] = i
+    n_chars = np.array([len(text) for text in table.texts])
+    stride = max(-(-len(parts) // MAX_ROWS), -(-int(n_chars.sum()) // MAX_CHARS))
+    return parts, n_chars, np.arange(0, len(parts), stride), stride
+
+
+def near_duplicates(table: Table, split: Split) -> tuple[NearDuplicates, DatasetWarning]:
+    """What was found, and the warning of it, with the ids of all rows concerned, ascending."""
     from service.ml.near_duplicates import pairs_across
 
+    parts, _, sample, _ = _sampled(table, split)
     found = pairs_across([table.texts[i] for i in sample.tolist()], parts[sample])
     first, second = sample[found.first], sample[found.second]
     ids, labels = table.row_ids, table.label_ids
@@ -152,7 +154,9 @@ def _near_duplicates(
                                     strict=False)
     )  # fmt: skip
     sampled = len(sample) < len(parts) or not found.complete
-    return NearDuplicates(len(first), listed, sampled), np.unique(ids[np.concatenate([first, second])])
+    message = "Rows have almost the text of a row in another part of the split; figures on the later part will flatter."
+    warning = warn("near_duplicate_across_parts", message, np.unique(ids[np.concatenate([first, second])]))
+    return NearDuplicates(len(first), listed, sampled), warning
 
 
 def _tokenizer(base_model: str, folder: Path | None) -> Tokenizer:

@@ -310,6 +310,19 @@ def test_promoting_moves_an_alias_and_a_refusal_ends_with_1(server: FakeServer) 
     assert [tuneproof_command("promote", "mdl_1", "prod").exit_code for _ in range(2)] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [("candidate_wins", "shown to be better"), ("inconclusive", "not shown to be better or worse")],
+)
+def test_promoting_says_how_the_two_compare(server: FakeServer, verdict: str, said: str) -> None:
+    gate = {"checked": True, "n": 1234, "accuracy_delta": -0.069, "verdict": verdict, "note": "The labels differ."}
+    moved = {"alias": "prod", "model_id": "mdl_1", "updated_at": JOB["created_at"], "gate": gate}
+    server.answers["PUT /aliases/prod"] = iter([moved])
+    told = tuneproof_command("promote", "mdl_1", "prod").stderr
+    compared = "Against the one before: -6.9 points of accuracy on 1,234 rows that neither was trained on"
+    assert " ".join(told.split()) == f"{compared}, {said}. The labels differ."
+
+
 def test_standard_input_is_utf8_with_or_without_a_mark(server: FakeServer) -> None:
     server.answers["POST /predict"] = upper
     marked = tuneproof_command("predict", "--model", "prod", stdin="\ufeffgr\u00fcn\n".encode())

@@ -392,7 +392,7 @@ def test_at_the_number_of_rows_said_to_be_needed_four_experiments_in_five_show_i
         return {m: MethodAnswers(true_ids, true_ids[:50], ids, ids[:50]) for m, ids in methods.items()}
 
     reason = told(answers([fixed, broken, n - fixed - broken]))[0].reason
-    needed = int(re.findall(r"about ([\d,]+) test rows would be enough", reason)[0].replace(",", ""))
+    needed = int(re.findall(r"about ([\d,]+) test rows would settle it", reason)[0].replace(",", ""))
     shown = sum(told(answers(counts))[0].method == "tfidf_logreg" for counts in rng.multinomial(needed, shares, 200))
     assert 0.7 < shown / 200 < 0.95  # where the cheaper one comes out first, it is recommended as well
 
@@ -414,7 +414,7 @@ def test_the_number_of_rows_said_to_be_needed_is_enough_for_the_same_figures():
     recommendation, _ = told(answers)
     assert recommendation.method == "lora"
     test_rows, file_rows = re.findall(
-        r"about ([\d,]+) test rows would be enough, a file of about ([\d,]+)", recommendation.reason
+        r"about ([\d,]+) test rows would settle it, a file of about ([\d,]+)", recommendation.reason
     )[0]
     needed = int(test_rows.replace(",", ""))
     assert int(file_rows.replace(",", "")) == 10 * needed
@@ -437,7 +437,7 @@ def test_no_number_of_rows_is_promised_where_the_loss_already_reaches_the_margin
 def test_a_clear_gap_is_called_worth_it_and_speaks_of_no_missing_rows():
     recommendation, sentence = told(answers_of({"majority": 700, "tfidf_logreg": 300, "lora": 50}))
     assert recommendation.method == "lora"
-    assert "no cheaper one is shown to come within" in recommendation.reason
+    assert "no cheaper one is shown to be as good" in recommendation.reason
     assert "too few" not in recommendation.reason
     assert sentence == (
         "Fine-tuning is worth it: LoRA fine-tuning is right on 95.0 % of 1,000 test rows, "
@@ -490,7 +490,7 @@ def test_ten_rows_answered_alike_show_nothing():
     recommendation, _ = told(few)
     assert recommendation.method == "zero_shot_prompt"
     assert (
-        "about 190 test rows would be enough, a file of about 1,900 rows, with `baseline.sample_size`, the rows "
+        "about 190 test rows would settle it, a file of about 1,900 rows, with `baseline.sample_size`, the rows "
         "prompted, at 190" in recommendation.reason
     )
     assert rows_to_exclude(MARGIN) == pytest.approx(182.6, abs=0.1)
@@ -513,14 +513,14 @@ def test_a_few_rows_without_a_difference_are_said_to_say_little_and_no_interval_
         "No method is right more often than embeddings with logistic regression (96.2 % of 26 test rows). There are "
         "too few rows to show that embeddings with logistic regression is at most 2 percentage points behind LoRA "
         "fine-tuning: on 26 test rows the two never differed in what they had right, which says little; with figures "
-        "like these, about 190 test rows would be enough, a file of about 1,900 rows."
+        "like these, about 190 test rows would settle it, a file of about 1,900 rows."
     )
 
 
 def test_a_file_with_test_rows_enough_needs_only_more_of_them_prompted():
     answers = answers_of({"zero_shot_prompt": 40, "lora": 40}, n_subset=100, on_subset_only=("zero_shot_prompt",))
     assert told(answers)[0].reason.endswith(
-        "about 190 test rows would be enough, and this file has them: set `baseline.sample_size`, the rows "
+        "about 190 test rows would settle it, and this file has them: set `baseline.sample_size`, the rows "
         "prompted, to 190."
     )
 
@@ -529,7 +529,7 @@ def test_a_file_with_test_rows_enough_needs_only_more_of_them_prompted():
 def test_the_file_it_takes_follows_from_the_share_of_test_rows(test_share, file_rows):
     answers = answers_of({"tfidf_logreg": 0, "lora": 0}, n=26, n_subset=26)
     reason = told(answers, test_share=test_share)[0].reason
-    assert f"about 190 test rows would be enough, a file of about {file_rows} rows." in reason
+    assert f"about 190 test rows would settle it, a file of about {file_rows} rows." in reason
 
 
 def test_the_model_of_the_cheaper_method_is_said_to_be_there_to_serve():
@@ -550,10 +550,10 @@ def test_a_cheaper_method_that_comes_out_first_unproven_is_told_with_the_rows_it
     recommendation, sentence = told(answers)
     assert recommendation.method == best_method(answers) == "tfidf_logreg"
     assert (
-        "too few rows to rely on TF-IDF with logistic regression, which is ahead of LoRA fine-tuning: "
+        "too few rows to be sure of TF-IDF with logistic regression, which is ahead of LoRA fine-tuning: "
         in recommendation.reason
     )
-    assert "about 920 test rows would be enough, a file of about 9,200 rows" in recommendation.reason
+    assert "about 920 test rows would settle it, a file of about 9,200 rows" in recommendation.reason
     assert sentence.startswith("Fine-tuning is not shown to pay off: ")
 
 

@@ -16,6 +16,7 @@ from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
 from service.ml.engine import Engine
 from service.ml.manifest import Manifest
+from service.ml.preflight import near_duplicates
 from tests.adapters import stock_logits
 from tests.tiny import BERT, KEYWORDS, labelled_texts
 from worker import learning_curve as curve_module
@@ -28,6 +29,7 @@ from worker.run import Experiment
 N_LABELS = len(KEYWORDS)
 SHARES = [0.1, 0.5, 1.0]
 METHODS = {"tfidf_logreg", "embedding_logreg", "lora"}
+LEAK = "near_duplicate_across_parts"
 
 
 class Run:
@@ -122,6 +124,26 @@ def test_the_curve_publishes_no_model_of_its_own_and_progress_never_falls(run):
     assert stages == sorted(stages, key=["prepare", "baseline", "train", "evaluate"].index)
     told = [message["data"] for message in run.messages if message["type"] == "event" and "share" in message["data"]]
     assert {(entry["share"], entry["method"]) for entry in told} == {(s, m) for s in (0.1, 0.5) for m in METHODS}
+
+
+def test_near_duplicates_across_the_split_are_told_before_anything_is_trained(tmp_path, tiny_models):
+    texts, labels = labelled_texts(240)
+    long = [f"{text} and then some words that all of these texts have in common, as templates do" for text in texts]
+    with (tmp_path / "dataset").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [("text", "label"), *zip([*long, *(f"{t}s" for t in long)], labels * 2, strict=True)]
+        )
+    spec = {"base_model": BERT, "train": {"max_length": 24}}
+    (tmp_path / "job.json").write_text(json.dumps({"spec": spec, "models_dir": str(tiny_models)}))
+    (tmp_path / "out").mkdir()
+    experiment = Experiment(tmp_path, Reporter(said := io.StringIO()))
+    experiment._prepare()
+    messages = [json.loads(line) for line in said.getvalue().splitlines()]
+    [told] = [message for message in messages if (message.get("data") or {}).get("code") == LEAK]
+    assert told["level"] == "warning"
+    assert told["data"]["count"] == near_duplicates(experiment.table, experiment.split)[1].count > 10
+    assert told["message"].endswith(f"figures on the later part will flatter. ({told['data']['count']} rows)")
+    assert [warning["code"] for warning in experiment.warnings] == [LEAK]  # which the report lists
 
 
 def test_the_fine_tune_of_all_rows_keeps_its_part_of_the_stage():

@@ -254,7 +254,7 @@ def test_labels_stand_by_how_much_they_changed_from_the_prompt():
     assert shown == [f"{100 * d:+.1f}" for d in sorted(change.values(), key=abs, reverse=True)]
 
 
-def test_flips_are_told_from_the_side_of_the_recommended_method():
+def test_flips_are_told_from_the_side_of_the_dearer_method_whichever_is_recommended():
     metrics, summary, notes = job(USUAL)
     assert summary["recommendation"]["method"] == "lora"
     flips = [flip(3, fixed=True, text=HOSTILE), flip(8, fixed=False), flip(9, fixed=True, baseline="majority")]
@@ -265,7 +265,8 @@ def test_flips_are_told_from_the_side_of_the_recommended_method():
     assert " 9 where is my card" not in words
     summary["recommendation"]["method"] = "zero_shot_prompt"
     words = Page(render(metrics, summary, notes, flips)).words
-    assert "8 where is my card refund fee refund fixed" in words
+    assert "8 where is my card refund refund fee broken" in words
+    assert "LoRA fine-tuning against zero-shot prompting" in words
 
 
 def test_learning_curve_and_reliability_are_drawn_and_told_where_there_are_figures():

@@ -143,8 +143,12 @@ def promote(
         print_json(moved.raw)
         return
     out.print(f"{moved.alias} is {moved.model_id} now.")
-    if moved.gate and moved.gate.note:
-        err.print(moved.gate.note)
+    if (gate := moved.gate) and gate.accuracy_delta is not None:
+        shown = {"candidate_wins": "shown to be better", "incumbent_wins": "shown to be worse"}.get(str(gate.verdict))
+        delta = f"{100 * gate.accuracy_delta:+.1f} points of accuracy on {gate.n:,} rows that neither was trained on"
+        err.print(f"Against the one before: {delta}, {shown or 'not shown to be better or worse'}.")
+    if gate and gate.note:
+        err.print(gate.note)
 
 
 @app.command(rich_help_panel=PANEL, epilog=EXIT_CODES)

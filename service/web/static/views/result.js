@@ -51,7 +51,7 @@ function Figures({ job, metrics, recommended }) {
 
 function Use({ job, recommended }) {
   const served = Object.entries(job.summary.methods ?? {}).filter(([, of]) => of.model_id);
-  const [method, { model_id: id }] = served.find(([name]) => name === recommended) ?? served.find(([, of]) => of.model_id === job.model_id) ?? served[0] ?? [null, {}];
+  const [method, { model_id: id }] = served.find(([name]) => name === recommended) ?? served.sort(([, a], [, b]) => b.accuracy - a.accuracy)[0] ?? [null, {}];
   const model = useLoad((signal) => (id ? get(`/models/${id}`, {}, signal) : Promise.resolve(null)), [id]);
   const session = useLoad((signal) => get("/session", {}, signal));
   let body;
