@@ -56,25 +56,13 @@ class Outcome:
         return self.predictions / self.seconds
 
 
-def start(load: Load) -> "subprocess.Popen[str]":
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None  # it was asked for
-    process.stdin.write(json.dumps(asdict(load)))
-    process.stdin.close()
-    return process
-
-
-def finish(process: "subprocess.Popen[str]") -> Outcome:
-    """Raises SystemExit where the client was answered what it must not be; it has said so on standard error."""
-    assert process.stdout is not None  # it was asked for
-    told = process.stdout.read()
-    if process.wait() != 0:
-        raise SystemExit("the client failed")
-    return Outcome(**json.loads(told))
-
-
 def ask(load: Load) -> Outcome:
-    return finish(start(load))
+    """Raises SystemExit where the client was answered what it must not be; it has said so on standard error."""
+    asked = [sys.executable, __file__]
+    told = subprocess.run(asked, input=json.dumps(asdict(load)), stdout=subprocess.PIPE, text=True, check=False)
+    if told.returncode != 0:
+        raise SystemExit("the client failed")
+    return Outcome(**json.loads(told.stdout))
 
 
 def _raw(load: Load, call: Sequence[object]) -> tuple[bytes, int]:

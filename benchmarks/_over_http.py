@@ -5,12 +5,13 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from _catalogue import make_key, publish
-from _client import Load, Outcome, ask, finish, start
+from _client import Load, Outcome, ask
 from _engine_alone import CALL, N_ADAPTERS, Alone
 from _measures import Measure, in_rounds, ratio, seconds
 from _servers import Running, plain, service
@@ -133,9 +134,11 @@ def _health(ours: Running, key: str, models: list[str], alone: Alone, length: fl
     """The 99th percentile of `/healthz` while the engine is idle, and while it is saturated."""
     looks = Load(ours.port, [("GET", "/healthz", "", 0)], seconds=length, pause=0.01)
     idle = ask(looks)
-    busy = start(Load(ours.port, predict_calls(models, [[text] for text in alone.texts]), SINGLE, length + 1, key))
-    saturated = ask(looks)
-    finish(busy)
+    load = Load(ours.port, predict_calls(models, [[text] for text in alone.texts]), SINGLE, length + 1, key)
+    with ThreadPoolExecutor(1) as beside:
+        busy = beside.submit(ask, load)
+        saturated = ask(looks)
+        busy.result()
     taken = {"idle": idle.milliseconds, "saturated": saturated.milliseconds}
     return [Measure(f"healthz_p99_ms_{state}", [float(np.percentile(ms, 99))]) for state, ms in taken.items()]
 

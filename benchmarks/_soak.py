@@ -12,12 +12,13 @@ import random
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 from _catalogue import make_key, publish
-from _client import Load, finish, start
+from _client import Load, ask
 from _engine_alone import CALL, Alone
 from _over_http import SINGLE, Calls, zipf
 from _servers import Running, service
@@ -68,12 +69,13 @@ def soak(seconds: float, folder: Path) -> list[str]:
                 catalog.point_alias(session, name, chance.choice(models), utc_now())
 
     move(aliases)
-    with service(settings, alone.threads, keys["admin"]) as ours:
+    with ThreadPoolExecutor(1) as beside, service(settings, alone.threads, keys["admin"]) as ours:
         engines = {child.pid for child in ours.children}
         begun, told = time.monotonic(), 0.0
         calls = mixed_calls(models, aliases, alone.texts)
-        client = start(Load(ours.port, calls, SINGLE, seconds, keys["predict"], allowed=["429"]))
-        while client.poll() is None:
+        load = Load(ours.port, calls, SINGLE, seconds, keys["predict"], allowed=["429"])
+        outcome = beside.submit(ask, load)  # read as it is written: a full pipe would hold the client up for ever
+        while not outcome.done():
             move([chance.choice(aliases)])
             api, engine = resident(ours)
             at = time.monotonic() - begun
@@ -84,14 +86,14 @@ def soak(seconds: float, folder: Path) -> list[str]:
                 print(f"{at:6.0f} s   API {api:7.1f} MiB   engine {engine:7.1f} MiB", flush=True)
                 told += seconds / 20
             time.sleep(0.2)
-        outcome = finish(client)
         figures = ours.get("/metrics", keys["admin"])[1].splitlines()
         evictions = sum(float(x.rsplit(" ", 1)[1]) for x in figures if x.startswith("tuneproof_adapter_cache_evict"))
         lost = {child.pid for child in ours.children} != engines
     db.close()
     grown = {name: growth(of) for name, of in samples.items()}
     told_growth = ", ".join(f"{name} {by - 1:+.2%}" for name, by in grown.items())
-    print(f"answers {outcome.statuses}, {outcome.rate:.0f} texts/s, {evictions:.0f} evictions, growth {told_growth}")
+    asked = outcome.result()
+    print(f"answers {asked.statuses}, {asked.rate:.0f} texts/s, {evictions:.0f} evictions, growth {told_growth}")
     wrong = {
         f"memory grew after the warm-up: {told_growth}": max(grown.values()) > GROWTH,
         "the engine process was lost on the way": lost,
