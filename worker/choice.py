@@ -41,7 +41,7 @@ def choose(
         return corrected.get(frozenset((trial.candidate, trial.baseline)), trial.winner)
 
     methods = sorted(answers, key=COST_ORDER.index)
-    whole = [method for method in methods if answers[method].test_ids is not None] or methods
+    whole = [method for method in methods if answers[method].are_of_all] or methods
     best = max(whole, key=lambda method: shares_right(answers[method])[0])
     ahead = [t for m in methods if m not in whole and (t := against(m, best)).accuracy_delta > 0]
     lead = max(ahead, key=lambda trial: (winner(trial) is not None, trial.accuracy_delta), default=None)

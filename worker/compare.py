@@ -36,6 +36,11 @@ class MethodAnswers:
     test_text_ids: Ids | None = None
     subset_text_ids: Ids | None = None
 
+    @property
+    def are_of_all(self) -> bool:
+        """Whether every test row was answered: a subset may be the whole part."""
+        return self.test_ids is not None or len(self.subset_true_ids) == len(self.test_true_ids)
+
 
 Answers: TypeAlias = Mapping[str, MethodAnswers]
 

@@ -46,11 +46,9 @@ def render(
     intervals = {method: _interval(figures) for method, _rows, figures in ladder}
     recommended = summary["recommendation"]["method"]
     rows, figures = _widest(methods[recommended])
-    # As everywhere, the dearer one is the candidate.
     pair = _counterpart(recommended, metrics["comparison"], methods)
-    (other, ours), label_part = (
-        (sorted((recommended, pair[0]), key=COST_ORDER.index), pair[1]) if pair else ((None, recommended), rows)
-    )
+    other, label_part = pair or (None, rows)
+    cheaper, dearer = sorted((recommended, other or recommended), key=COST_ORDER.index)
     calibrated = {
         method: figures for method, _rows, figures in ladder if figures["n"] and "temperature" in figures
     }  # fmt: skip
@@ -58,7 +56,7 @@ def render(
         metrics=metrics,
         summary=summary,
         notes=notes,
-        flips=_shown_flips(flips, ours, other),
+        flips=_shown_flips(flips, dearer, cheaper),  # as everywhere, the dearer one is the candidate
         names=PLAIN_NAMES,
         ladder=ladder,
         intervals=intervals,
@@ -66,8 +64,9 @@ def render(
         recommended=recommended,
         rows=rows,
         figures=figures,
-        ours=ours,
         other=other,
+        cheaper=cheaper,
+        dearer=dearer,
         most_flips=MOST_FLIPS,
         columns=[*metrics["labels"], NO_ANSWER_LABEL],
         shows_matrix=len(metrics["labels"]) <= MATRIX_LIMIT,
@@ -75,8 +74,8 @@ def render(
         confused=most_confused(figures["confusion_matrix"], metrics["labels"]),
         label_part=label_part,
         least_rows_of_a_bin=plots.LEAST_ROWS_OF_A_BIN,
-        label_rows=methods[ours][label_part]["n"],
-        per_label=_per_label(methods, ours, other, label_part),
+        label_rows=methods[recommended][label_part]["n"],
+        per_label=_per_label(methods, recommended, other, label_part),
         overtaking=_overtaking(metrics) if metrics["learning_curve"] else None,
         plots=_plots(metrics, ladder, intervals, recommended, calibrated),
         calibration_errors=[(method, of["expected_calibration_error"]) for method, of in calibrated.items()],

@@ -77,7 +77,7 @@ def _reasons(choice: Choice, answers: Answers, margin: float, test_share: float)
     hopes = [trial for trial in choice.cheaper if trial.candidate != told and not falls_short(trial, margin)]
     if lead and lead not in (*hopes, choice.against_best):
         ahead = f"{PLAIN_NAMES[lead.candidate]} is ahead of {best} where both were run, and not shown to be better"
-        yield f"{ahead}: {_side_by_side(lead, answers)}."
+        yield f"{ahead}: {_side_by_side(lead, answers)}; more rows prompted (`baseline.sample_size`) may show it."
     if hopes:
         first = min(hopes, key=lambda trial: (trial != lead, _rows_needed(trial, margin), -trial.accuracy_delta))
         yield _too_few_rows(first, margin, answers, test_share)
@@ -103,7 +103,9 @@ def _headline(choice: Choice, answers: Answers, comparisons: Sequence[PairedComp
         won = {c.baseline: c for c in comparisons if c.candidate == c.winner == "lora"}
         if rest := " or ".join(PLAIN_NAMES[m] for m in COST_ORDER[:-1] if m in answers and m not in won):
             on = " on all test rows" * bool(lead)
-            return f"fine-tuning comes out first{on}, but not clearly: {score}, not shown to be better than {rest}."
+            ahead = lead and f"; {PLAIN_NAMES[lead.candidate]} is ahead on the {lead.n:,} rows it was asked about"
+            said = f"fine-tuning comes out first{on}, but not clearly: {score}, not shown to be better than {rest}"
+            return f"{said}{ahead or ''}."
         clear = all(c.accuracy_delta_ci95[0] >= margin for c in won.values())
         opening = "fine-tuning is worth it" if clear else "fine-tuning comes out first"
         return f"{opening}: {score}, shown to be better than every cheaper method run."
@@ -166,7 +168,7 @@ def _too_few_rows(trial: PairedComparison, margin: float, answers: Answers, test
     text += f"; with figures like these, about {needed:,.0f} test rows would settle it"
     if needed <= len(answers[trial.candidate].test_true_ids):
         return f"{text}, and this file has them: set `baseline.sample_size`, the rows prompted, to {needed:.0f}."
-    asked = f", with `baseline.sample_size`, the rows prompted, at {needed:.0f}" * prompts
+    asked = f", with `baseline.sample_size`, the rows prompted, at {needed:.0f} or more" * prompts
     return f"{text}, a file of about {_two_figures(needed / test_share):,.0f} rows{asked}."
 
 

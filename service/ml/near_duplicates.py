@@ -16,6 +16,7 @@ THRESHOLD = 0.7
 _SHARED = 4  # rare shingles two texts must share to be compared; more of them, fewer comparisons
 _CHUNK = 5_000_000
 _MAX_COMPARED = 200_000_000  # shingles, some ten seconds: a file of one template repeated has N² near-duplicates
+_MAX_FOUND = 2_000_000  # pairs, some 200 MB at the end: one word repeated has as many, and hardly a shingle to compare
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Pairs:
     complete: bool
 
 
-def pairs_across(texts: Sequence[str], parts: NDArray[np.int64], max_compared: int = _MAX_COMPARED) -> Pairs:
+def pairs_across(
+    texts: Sequence[str], parts: NDArray[np.int64], max_compared: int = _MAX_COMPARED, max_found: int = _MAX_FOUND
+) -> Pairs:
     """Every pair of texts of different parts whose shingles have a Jaccard similarity of `THRESHOLD` or more.
 
     Shingles are the runs of `SHINGLE_CHARS` characters of a text with case and white space folded. Where two texts
@@ -45,24 +48,28 @@ def pairs_across(texts: Sequence[str], parts: NDArray[np.int64], max_compared: i
         texts: N texts, at least one.
         parts: `(N,)` 0, 1 or 2.
         max_compared: Shingles to compare before the search is cut short.
+        max_found: Pairs to find before it is.
 
     Source: prefix filtering, Chaudhuri et al. 2006 and Bayardo et al. 2007; several shared ones, Wang et al. 2012.
     """
     shingles = _shingles([fold(text) for text in texts])
     size = np.diff(shingles.indptr).astype(np.int64)
     found: list[tuple[Any, ...]] = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-    compared = 0
+    compared = n_found = 0
+    complete = True
     for first, second in _candidates(shingles, size, parts):
         shared = shingles[first].multiply(shingles[second]).sum(axis=1)
         similarity = shared / (size[first] + size[second] - shared)
         near = similarity >= THRESHOLD
         found.append((first[near], second[near], similarity[near]))
         compared += int(size[first].sum())
-        if compared > max_compared:
+        n_found += int(near.sum())
+        if compared > max_compared or n_found > max_found:
+            complete = False
             break
     first, second, similarity = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.lexsort((second, first, -similarity))
-    return Pairs(first[order], second[order], similarity[order], compared <= max_compared)
+    return Pairs(first[order], second[order], similarity[order], complete)
 
 
 def _shingles(texts: Sequence[str]) -> Any:

@@ -155,6 +155,7 @@ def near_duplicates(table: Table, split: Split) -> tuple[NearDuplicates, Dataset
     )  # fmt: skip
     sampled = len(sample) < len(parts) or not found.complete
     message = "Rows have almost the text of a row in another part of the split; figures on the later part will flatter."
+    message += " Not all rows were compared: there may be more." * sampled
     warning = warn("near_duplicate_across_parts", message, np.unique(ids[np.concatenate([first, second])]))
     return NearDuplicates(len(first), listed, sampled), warning
 

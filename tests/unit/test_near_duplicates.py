@@ -80,3 +80,9 @@ def test_a_file_of_one_template_repeated_is_cut_short_and_says_so():
     assert not pairs.complete
     assert 0 < len(found) < 1600 * 400
     assert min(found.values()) >= THRESHOLD
+
+
+def test_one_word_repeated_is_cut_short_by_the_pairs_found_as_it_has_hardly_a_shingle_to_compare():
+    found, pairs = as_found(["ok"] * 9_000, [0] * 6_000 + [1] * 3_000, max_found=100_000)
+    assert not pairs.complete
+    assert 100_000 < len(found) < 6_000 * 3_000 / 2

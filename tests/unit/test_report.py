@@ -267,6 +267,9 @@ def test_flips_are_told_from_the_side_of_the_dearer_method_whichever_is_recommen
     words = Page(render(metrics, summary, notes, flips)).words
     assert "8 where is my card refund refund fee broken" in words
     assert "LoRA fine-tuning against zero-shot prompting" in words
+    own = metrics["methods"]["zero_shot_prompt"]["baseline_subset"]["per_label"]["fee"]
+    assert "What changed most first, from LoRA fine-tuning to zero-shot prompting" in words
+    assert re.search(rf"fee \S+ % \S+ % \S+ {100 * own['precision']:.1f} % {100 * own['recall']:.1f} % ", words)
 
 
 def test_learning_curve_and_reliability_are_drawn_and_told_where_there_are_figures():
