@@ -1,6 +1,7 @@
 """`POST /predict`: what other apps call all day."""
 
 import math
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,10 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, json_body, takes, unless_gone
-from service.api.recent import SECONDS, SECONDS_UNCHANGING
+from service.api.recent import SECONDS, Found
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, ThresholdOut, UsageOut
 from service.core.errors import Conflict, InvalidInput, ModelDamaged
-from service.db import catalog
+from service.db import catalog, tallies
 from service.db.models import Model
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
@@ -69,16 +70,28 @@ def _checked(ctx: Context, texts: list[str]) -> list[str]:
 
 
 async def _found(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str], dict[str, Any] | None]:
-    """The one version that answers this call."""
+    """The one version that answers this call.
+
+    What an id stands for never changes, so it is known until a model is deleted; an alias is looked up again and again.
+    """
+
+    def deleted() -> int:
+        with ctx.db.read() as session:
+            return tallies.deleted_models(session)
 
     def look() -> tuple[ServedModel, list[str], dict[str, Any] | None]:
         with ctx.db.read() as session:
             model = catalog.find_model(session, id_or_alias)
         return served_model(model), model.labels, model.calibration
 
-    name = "model", id_or_alias
-    seconds = SECONDS_UNCHANGING if id_or_alias.startswith("mdl_") else SECONDS
-    held: tuple[ServedModel, list[str], dict[str, Any] | None] | None = ctx.recent.held(name)
+    if not id_or_alias.startswith("mdl_"):
+        return await _recent(ctx, ("model", id_or_alias), look, SECONDS)
+    n_deleted = await _recent(ctx, "deleted models", deleted, SECONDS)
+    return await _recent(ctx, ("model", id_or_alias, n_deleted), look, math.inf)
+
+
+async def _recent(ctx: Context, name: Hashable, look: Callable[[], Found], seconds: float) -> Found:
+    held: Found | None = ctx.recent.held(name)
     return held if held is not None else await run_in_threadpool(ctx.recent.get, name, look, seconds)
 
 

@@ -8,8 +8,6 @@ from service.db.engine import Database
 
 SECONDS = 1.0
 """How long another process's write may go unseen; this process's own counts at once."""
-SECONDS_UNCHANGING = 30.0
-"""The same for what is never changed and only deleted."""
 _MOST = 10_000
 Found = TypeVar("Found")
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, selectinload
 
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
-from service.db import jobs
+from service.db import jobs, tallies
 from service.db.engine import Database, existing
 from service.db.models import Alias, AliasMove, ApiKey, Dataset, Garbage, Job, Model, Worker
 
@@ -93,6 +93,7 @@ def remove_model(session: Session, model_id: str, now: datetime, grace: timedelt
         raise Conflict(f"The alias {names[0]!r} points to this model. Point it to another one, or delete it, first.")
     session.add(Garbage(prefix=model.storage_prefix, delete_after=now + grace))
     session.delete(model)
+    tallies.count_deleted_model(session)
 
 
 def pointed_to(session: Session, alias: str, *, lock: bool = False) -> str | None:

@@ -1,5 +1,5 @@
-"""How often things have happened to jobs, kept in the transaction that makes them happen, so every process tells the
-same and nothing is counted twice or taken back when a job is deleted.
+"""How often things have happened to jobs and models, kept in the transaction that makes them happen, so every process
+tells the same and nothing is counted twice or taken back when a job is deleted.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,15 @@ def count_stage(session: Session, job: Job, now: datetime) -> None:
     if job.stage is not None and job.stage_started_at is not None:
         # Clocks of two machines may differ; time never runs backwards in a counter.
         _add(session, "stage", job.kind, job.stage, max((now - job.stage_started_at).total_seconds(), 0.0))
+
+
+def count_deleted_model(session: Session) -> None:
+    _add(session, "deleted", "model", "", 0.0)
+
+
+def deleted_models(session: Session) -> int:
+    """How many were ever deleted: while that is the same, a model that was found is still there."""
+    return session.scalar(select(Tally.count).where(Tally.what == "deleted")) or 0
 
 
 def tallied(session: Session, what: Literal["ended", "stage"]) -> Sequence[Tally]:

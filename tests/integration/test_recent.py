@@ -1,6 +1,7 @@
 """What calls remember from one to the next never gives stale authority: a test for each way it could."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,33 @@ def test_an_alias_moved_counts_at_once_here_and_within_a_second_elsewhere(other:
     ticks.now += SECONDS
     asked(client, {}, "live")
     assert served == [first, second, first]
+
+
+def test_an_id_is_looked_up_once_until_some_model_is_deleted_by_whatever_process(
+    other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, database, ticks = other
+    context = client.app.state.context
+    kept, gone = (add_published(context.db, context.storage, name=name)[1] for name in ("kept", "gone"))
+    looked: list[str] = []
+    find = catalog.find_model
+    monkeypatch.setattr(catalog, "find_model", lambda session, name: looked.append(name) or find(session, name))
+
+    async def predict(_model: Any, _texts: list[str]) -> Any:
+        raise RuntimeError
+
+    context.engine.predict = predict
+    for _ in range(3):
+        problem_of(asked(client, {}, gone), 500, "internal")
+        problem_of(asked(client, {}, kept), 500, "internal")
+        ticks.now += 100 * SECONDS
+    assert looked == [gone, kept]
+    with database.write() as session:
+        catalog.remove_model(session, gone, START, timedelta(0))
+    ticks.now += SECONDS
+    problem_of(asked(client, {}, gone), 404, "not_found")
+    problem_of(asked(client, {}, kept), 500, "internal")
+    assert looked == [gone, kept, gone, kept]
 
 
 def test_what_was_looked_up_while_somebody_wrote_is_not_kept(tmp_path: Path) -> None:
