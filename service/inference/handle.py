@@ -173,9 +173,10 @@ class EngineHandle:
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_READ_AT_ONCE_BYTES,
             start_new_session=True,
             # Threads that wait spin for some 30 us: to be woken costs a small batch half its speed, and longer ones
-            # would take the cores from training on the same machine. Matrix products of every new size are kept by
-            # oneDNN, 1,024 of them unless told otherwise: most of a gigabyte, and no faster where sizes rarely recur.
-            env={"GOMP_SPINCOUNT": "10000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"} | os.environ,
+            # would take the cores from training on the same machine. bf16 products of every new size are kept twice, by
+            # torch and by oneDNN, 1,024 each unless told otherwise: a gigabyte, and no faster as sizes rarely recur.
+            env={"GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+            | os.environ,
         )  # fmt: skip
         self._process = process
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018
