@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 
 _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 _SECONDS_AFTER_REFUSAL = 0.05
+_SECONDS_FOR_THE_LAST = 120.0
 
 
 @dataclass
@@ -57,9 +58,14 @@ class Outcome:
 
 
 def ask(load: Load) -> Outcome:
-    """Raises SystemExit where the client was answered what it must not be; it has said so on standard error."""
+    """Raises SystemExit where the client was answered what it must not be, which it has said on standard error, and
+    TimeoutExpired where the last answers do not come.
+    """
     asked = [sys.executable, __file__]
-    told = subprocess.run(asked, input=json.dumps(asdict(load)), stdout=subprocess.PIPE, text=True, check=False)
+    told = subprocess.run(
+        asked, input=json.dumps(asdict(load)), stdout=subprocess.PIPE, text=True, check=False,
+        timeout=None if load.seconds is None else load.seconds + _SECONDS_FOR_THE_LAST,
+    )  # fmt: skip
     if told.returncode != 0:
         raise SystemExit("the client failed")
     return Outcome(**json.loads(told.stdout))

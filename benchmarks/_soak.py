@@ -74,7 +74,7 @@ def soak(seconds: float, folder: Path) -> list[str]:
         begun, told = time.monotonic(), 0.0
         calls = mixed_calls(models, aliases, alone.texts)
         load = Load(ours.port, calls, SINGLE, seconds, keys["predict"], allowed=["429"])
-        outcome = beside.submit(ask, load)  # read as it is written: a full pipe would hold the client up for ever
+        outcome = beside.submit(ask, load)
         while not outcome.done():
             move([chance.choice(aliases)])
             api, engine = resident(ours)
@@ -86,15 +86,17 @@ def soak(seconds: float, folder: Path) -> list[str]:
                 print(f"{at:6.0f} s   API {api:7.1f} MiB   engine {engine:7.1f} MiB", flush=True)
                 told += seconds / 20
             time.sleep(0.2)
+        asked = outcome.result()
         figures = ours.get("/metrics", keys["admin"])[1].splitlines()
         evictions = sum(float(x.rsplit(" ", 1)[1]) for x in figures if x.startswith("tuneproof_adapter_cache_evict"))
         lost = {child.pid for child in ours.children} != engines
     db.close()
     grown = {name: growth(of) for name, of in samples.items()}
     told_growth = ", ".join(f"{name} {by - 1:+.2%}" for name, by in grown.items())
-    asked = outcome.result()
     print(f"answers {asked.statuses}, {asked.rate:.0f} texts/s, {evictions:.0f} evictions, growth {told_growth}")
+    refused = asked.statuses.get("429", 0) / sum(asked.statuses.values())
     wrong = {
+        f"{refused:.0%} of the calls were refused: the service was not at work": refused > 0.5,
         f"memory grew after the warm-up: {told_growth}": max(grown.values()) > GROWTH,
         "the engine process was lost on the way": lost,
         "nothing was evicted: the cache was not put to the test": evictions == 0,

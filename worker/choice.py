@@ -31,8 +31,8 @@ def choose(
 ) -> Choice:
     """The cheapest method that is shown to be as good as the best one (`as_good`), else the best one.
 
-    The best is the most accurate on the whole test part, of equals the cheapest. A prompt, run on a part of those rows,
-    takes its place where it wins over that one there; where all were run on a part, that part decides.
+    The best is the most accurate on the whole test part, of equals the cheapest. A prompt that was run on a part of
+    those rows takes its place where it wins over that one there; where all were run on a part, that part decides.
     """
     against = cache(partial(compare_methods, answers, n_labels=n_labels, seed=seed))
     corrected = {frozenset((c.candidate, c.baseline)): c.winner for c in comparisons}

@@ -77,7 +77,8 @@ def _reasons(choice: Choice, answers: Answers, margin: float, test_share: float)
     hopes = [trial for trial in choice.cheaper if trial.candidate != told and not falls_short(trial, margin)]
     if lead and lead not in (*hopes, choice.against_best):
         ahead = f"{PLAIN_NAMES[lead.candidate]} is ahead of {best} where both were run, and not shown to be better"
-        yield f"{ahead}: {_side_by_side(lead, answers)}; more rows prompted (`baseline.sample_size`) may show it."
+        more = "; more rows prompted (`baseline.sample_size`) may show it" * (lead.n < MOST_PROMPTED)
+        yield f"{ahead}: {_side_by_side(lead, answers)}{more}."
     if hopes:
         first = min(hopes, key=lambda trial: (trial != lead, _rows_needed(trial, margin), -trial.accuracy_delta))
         yield _too_few_rows(first, margin, answers, test_share)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, json_body, takes, unless_gone
-from service.api.recent import SECONDS, Found
+from service.api.recent import SECONDS, SECONDS_OF_AN_ID, Found
 from service.api.schemas import PredictIn, PredictionOut, PredictOut, ThresholdOut, UsageOut
 from service.core.errors import Conflict, InvalidInput, ModelDamaged
 from service.db import catalog, tallies
@@ -72,7 +72,7 @@ def _checked(ctx: Context, texts: list[str]) -> list[str]:
 async def _found(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str], dict[str, Any] | None]:
     """The one version that answers this call.
 
-    What an id stands for never changes, so it is known until a model is deleted; an alias is looked up again and again.
+    What an id stands for never changes, so it is known until some model is deleted; an alias is looked up each second.
     """
 
     def deleted() -> int:
@@ -84,15 +84,17 @@ async def _found(ctx: Context, id_or_alias: str) -> tuple[ServedModel, list[str]
             model = catalog.find_model(session, id_or_alias)
         return served_model(model), model.labels, model.calibration
 
+    name = "model", id_or_alias
     if not id_or_alias.startswith("mdl_"):
-        return await _recent(ctx, ("model", id_or_alias), look, SECONDS)
-    n_deleted = await _recent(ctx, "deleted models", deleted, SECONDS)
-    return await _recent(ctx, ("model", id_or_alias, n_deleted), look, math.inf)
+        return await _recent(ctx, name, look)
+    return await _recent(ctx, name, look, SECONDS_OF_AN_ID, await _recent(ctx, "deleted models", deleted))
 
 
-async def _recent(ctx: Context, name: Hashable, look: Callable[[], Found], seconds: float) -> Found:
-    held: Found | None = ctx.recent.held(name)
-    return held if held is not None else await run_in_threadpool(ctx.recent.get, name, look, seconds)
+async def _recent(
+    ctx: Context, name: Hashable, look: Callable[[], Found], seconds: float = SECONDS, stamp: int | None = None
+) -> Found:
+    held: Found | None = ctx.recent.held(name, stamp)
+    return held if held is not None else await run_in_threadpool(ctx.recent.get, name, look, seconds, stamp)
 
 
 def _threshold(target_precision: float, calibration: dict[str, Any] | None) -> Threshold:

@@ -8,32 +8,39 @@ from service.db.engine import Database
 
 SECONDS = 1.0
 """How long another process's write may go unseen; this process's own counts at once."""
+SECONDS_OF_AN_ID = 3600.0
+"""How long a model's row is kept, which never changes, where no deletion has been counted (a restored database)."""
 _MOST = 10_000
 Found = TypeVar("Found")
 
 
 class Recent:
-    """What was looked up a moment ago, while this process has written nothing since. None is not kept."""
+    """What was looked up not long ago, while nothing has happened since that may have changed it. None is not kept.
+
+    A `stamp` counts what would have: what this process has written, unless another one is given.
+    """
 
     def __init__(self, db: Database, now: Callable[[], float] = time.monotonic) -> None:
         self._db, self._now = db, now
         self._held: dict[Hashable, tuple[Any, int, float]] = {}
 
-    def held(self, name: Hashable) -> Any | None:
+    def held(self, name: Hashable, stamp: int | None = None) -> Any | None:
         """What is held under `name`; blocks nobody."""
-        found, writes, until = self._held.get(name, (None, 0, 0.0))
-        return found if writes == self._db.writes and self._now() < until else None
+        found, then, until = self._held.get(name, (None, 0, 0.0))
+        return found if then == (self._db.writes if stamp is None else stamp) and self._now() < until else None
 
-    def get(self, name: Hashable, look: Callable[[], Found], seconds: float = SECONDS) -> Found:
+    def get(
+        self, name: Hashable, look: Callable[[], Found], seconds: float = SECONDS, stamp: int | None = None
+    ) -> Found:
         """What is held under `name`, or what `look` finds now."""
-        held: Found | None = self.held(name)
+        held: Found | None = self.held(name, stamp)
         if held is not None:
             return held
         # Both taken before looking: what is written meanwhile may not have been seen.
-        writes, until = self._db.writes, self._now() + seconds
+        then, until = self._db.writes if stamp is None else stamp, self._now() + seconds
         found = look()
         if found is not None:
             if len(self._held) >= _MOST:
                 self._held.clear()
-            self._held[name] = found, writes, until
+            self._held[name] = found, then, until
         return found

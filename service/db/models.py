@@ -233,7 +233,7 @@ class Delivery(Base):
 
 
 class Tally(Base):
-    """How often something has happened to jobs of a kind, and the seconds it took; outlives the jobs.
+    """How often something has happened to jobs of a kind, or to models, and the seconds it took; outlives the jobs.
 
     `what` is `ended` (`value` is the status, `seconds` is 0), `stage` (`value` is the stage) or `deleted` (of models).
     """

@@ -121,6 +121,6 @@ def _candidates(
             enough = product.data >= np.minimum(_SHARED, np.minimum(least[first], least[second]))
             may_be_near = enough & (smaller >= THRESHOLD * np.maximum(size[first], size[second]))
             first, second = first[may_be_near], second[may_be_near]
-            n_slices = -(-int(size[first].sum()) // _CHUNK)
+            n_slices = -(-max(int(size[first].sum()), 5 * len(first)) // _CHUNK)  # a million pairs each at most
             if n_slices:
                 yield from zip(np.array_split(first, n_slices), np.array_split(second, n_slices), strict=True)

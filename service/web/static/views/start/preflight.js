@@ -43,7 +43,7 @@ export function Preflight({ look: { data, error, said }, prompts }) {
     ${data && html`
       <p>${number(data.split.n_train)} rows to train on, ${number(data.split.n_validation)} to choose on, ${number(data.split.n_test)} to judge on.</p>
       <${Truncated} found=${data.truncation} />
-      ${data.near_duplicates.count === 0 && html`<p>No text is almost the same as one of another part.</p>`}
+      ${data.near_duplicates.count === 0 && !data.near_duplicates.sampled && html`<p>No text is almost the same as one of another part.</p>`}
       <${Eta} eta=${Object.entries(data.eta).filter(([method]) => prompts || !method.endsWith("_prompt"))} />`}
   `;
 }
