@@ -9,7 +9,7 @@ from service.db.engine import Database
 SECONDS = 1.0
 """How long another process's write may go unseen; this process's own counts at once."""
 SECONDS_OF_AN_ID = 3600.0
-"""How long a model's row is kept, which never changes, where no deletion has been counted (a restored database)."""
+"""How long a model's row is kept while no deletion is counted; it never changes, but databases are restored."""
 _MOST = 10_000
 Found = TypeVar("Found")
 

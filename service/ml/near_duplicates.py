@@ -16,7 +16,7 @@ THRESHOLD = 0.7
 _SHARED = 4  # rare shingles two texts must share to be compared; more of them, fewer comparisons
 _CHUNK = 5_000_000
 _MAX_COMPARED = 200_000_000  # shingles, some ten seconds: a file of one template repeated has N² near-duplicates
-_MAX_FOUND = 2_000_000  # pairs, some 200 MB at the end: one word repeated has as many, and hardly a shingle to compare
+_MAX_FOUND = 2_000_000  # pairs, 350 MB at the peak: one word repeated has N² too, and hardly a shingle to compare
 
 
 @dataclass(frozen=True)
