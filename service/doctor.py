@@ -25,10 +25,12 @@ import torch
 from joblib import cpu_count
 from packaging.requirements import Requirement
 from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.orm import Session
 
 from service.core.errors import AppError
 from service.core.ids import new_token
 from service.core.settings import GiB, Settings
+from service.db import catalog
 from service.db.engine import revisions
 from service.ml.base_models import EMBEDDED, GPU_DEFAULT, allowed_models, locate
 from service.ml.device import pick_device, training_precision
@@ -226,10 +228,11 @@ def _database(settings: Settings) -> Iterator[Finding]:
     else:
         engine = _looking_at(file) if url.get_backend_name() == "sqlite" else create_engine(url, hide_parameters=True)
         try:
-            with engine.connect() as connection:
+            with engine.connect() as connection, Session(connection) as session:
                 if url.get_backend_name() == "sqlite":
                     yield from _sqlite_findings(file, str(connection.scalar(text("PRAGMA quick_check(1)"))))
                 has, needs = revisions(connection)
+                unknown = catalog.named_models(session, settings.preloaded)[1] if has == needs else []
                 keys = has is not None and bool(connection.scalar(text("SELECT count(*) FROM api_keys")))
         except Exception as error:  # noqa: BLE001 -- whatever the driver raises
             todo = "Is it running, and are the user and the password right? See TUNEPROOF_DATABASE_URL."
@@ -237,6 +240,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
         else:
             if has == needs:
                 yield Finding("ok", "database", f"{shown} at revision {has}")
+                todo = "Correct TUNEPROOF_PRELOAD, or point the alias to a model."
+                yield from (Finding("warn", "preload", f"no model has the id or alias {n!r}", todo) for n in unknown)
             else:
                 todo = "Run `tuneproof migrate`, or start the server; if a newer tuneproof wrote it, install that one."
                 yield Finding("warn", "database", f"{shown} is at revision {has}; this version needs {needs}", todo)

@@ -106,7 +106,7 @@ class FakeServer:
     """Answers by method and path: with JSON, with what a function makes of the request, or with one after another."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, Any] = {"GET /jobs/job_1/events": EMPTY}
+        self.answers: dict[str, Any] = {"GET /jobs/job_1/events": EMPTY, "GET /datasets/ds_1": DATASET}
         self.requests: list[httpx.Request] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:

@@ -120,15 +120,21 @@ def upload_form(fields: dict[str, str]) -> DatasetForm:
         raise from_pydantic(error, DatasetForm) from None
 
 
-def store(ctx: Context, upload: UploadFile, form: DatasetForm, then: Callable[[Session, Dataset], Made]) -> Made:
+def store(
+    ctx: Context, upload: UploadFile, form: DatasetForm, then: Callable[[Session, Dataset], Made], *,
+    usual_text: str | None = None,
+) -> Made:  # fmt: skip
     """Checks an upload, puts its bytes into the storage, then its row into the database.
 
-    `then` is what else belongs into the row's transaction; what it gives is given.
+    `then` is what else belongs into the row's transaction; what it gives is given. `usual_text` names the column to
+    take for the texts where the form names none and the file has it.
 
     Raises:
         InvalidData, UnsupportedMedia, TooLarge: it cannot be used; nothing of it is kept.
     """
-    options = UploadOptions(**form.model_dump(exclude={"name"}), max_labels=ctx.settings.max_labels)
+    options = UploadOptions(
+        **form.model_dump(exclude={"name"}), max_labels=ctx.settings.max_labels, usual_text=usual_text
+    )
     with tempfile.NamedTemporaryFile(dir=ctx.settings.data_dir / "tmp") as file:
         _copy(upload.file, file, ctx.settings.max_upload_bytes)
         found = profile(Path(file.name), options)

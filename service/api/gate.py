@@ -142,9 +142,12 @@ def _fair_rows(ctx: Context, candidate: Model, incumbent: Model) -> FairRows:
         notes += told
     n_texts = len({fold(row.text) for row in fair})
     if n_texts < LEAST_TEXTS:
+        todo = "Train both on one file with the same split and seed to have them checked."
+        if len({fold(row.text) for row in ours.tested}) < LEAST_TEXTS:
+            todo = f"{candidate.id} was tested on fewer itself: train it on more rows, or with a larger `split.test`."
         raise _CannotTell(" ".join([
             f"only {n_texts} distinct texts are left that neither model was trained on, and at least {LEAST_TEXTS} are "
-            "needed. Train both on one file with the same split and seed to have them checked.", *notes,
+            f"needed. {todo}", *notes,
         ]))  # fmt: skip
     given = None if answers is None else [answers[row.row_id] for row in fair]
     return FairRows(fair, given, ours.seed, notes)
@@ -272,7 +275,10 @@ def _differences(candidate: Model, incumbent: Model) -> list[str]:
     pairs = (("new", candidate, incumbent), ("gone", incumbent, candidate))
     found = [(which, [label for label in one.labels if label not in other.labels]) for which, one, other in pairs]
     listed = [
-        f"{len(labels)} {which} ({', '.join(map(shown, labels[:LISTED_LABELS]))})" for which, labels in found if labels
+        f"{len(labels)} {which} ({', '.join(map(shown, labels[:LISTED_LABELS]))}"
+        f"{', …' if len(labels) > LISTED_LABELS else ''})"
+        for which, labels in found
+        if labels
     ]
     return [f"The labels differ: {', '.join(listed)}. Only rows of the others are compared."] if listed else []
 

@@ -1,6 +1,7 @@
 """Jobs: start, follow, cancel, and what they leave."""
 
 import asyncio
+import contextlib
 import re
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -193,6 +194,15 @@ def _refuse_unknown_model(ctx: Context, id_or_alias: str | None) -> None:
         catalog.find_model(session, id_or_alias)
 
 
+def _text_column_of(ctx: Context, id_or_alias: str) -> str | None:
+    """The name of the column that a model learned from; None where its job or its dataset is gone."""
+    with ctx.db.read() as session, contextlib.suppress(NotFound):
+        job = jobs.get(session, catalog.find_model(session, id_or_alias).job_id)
+        column: str = catalog.get_dataset(session, job.dataset_id).profile["format"]["text_column"]
+        return column
+    return None
+
+
 def _refuse_unknown_prompt_model(ctx: Context, name: str) -> None:
     known = [base.name for base in allowed_models(ctx.settings.models_dir).values() if base.generative]
     if name not in known:
@@ -219,7 +229,10 @@ def _start_on_upload(ctx: Context, upload: UploadFile, form: DatasetForm, spec: 
     if spec.kind == "predict" and "labelled" not in form.model_fields_set:
         form = form.model_copy(update={"labelled": False})
     refuse_unlabelled(spec, labelled=form.labelled)
-    return store(ctx, upload, form, lambda session, dataset: _submit(ctx, session, dataset, spec, claim))
+    learned = _text_column_of(ctx, spec.model) if spec.model is not None else None
+    return store(
+        ctx, upload, form, lambda session, dataset: _submit(ctx, session, dataset, spec, claim), usual_text=learned
+    )
 
 
 def _start(ctx: Context, spec: JobSpec, claim: Claim) -> Answer:

@@ -61,7 +61,7 @@ def _checks(ctx: Context) -> tuple[bool, dict[str, Any]]:
     """Whether it can do its work, and each part in words: `ok`, or what is wrong and what to do."""
     database, unknown, workers = _database(ctx)
     storage, engine = _storage(ctx), _engine(ctx.engine, unknown)
-    ready = database == storage == "ok" and ctx.engine.running and ctx.engine.figures is not None
+    ready = database == storage == "ok" and ctx.engine.warm
     return ready, {
         "database": database, "storage": storage, "engine": engine, "workers": workers, "disk": _disk(ctx),
         "versions": {"tuneproof": version("tuneproof")},
@@ -102,6 +102,8 @@ def _engine(engine: EngineHandle, unknown: list[str]) -> str:
     else:
         words += [f"is loading base model '{name}': until then its models answer 503" for name in figures.loading]
         words += figures.refused.values()
+        if not (engine.warm or figures.loading):
+            words.append("is loading the models that TUNEPROOF_PRELOAD names")
     if engine.restarts:
         words.append(f"was lost and started again, so far {engine.restarts} times; the log says why")
     return "; ".join(words) or "ok"

@@ -28,7 +28,7 @@ async def predict(request: Request, ctx: Ctx) -> Response:
     # A character is at most 12 bytes of JSON: a pair of \uXXXX.
     longest = settings.predict_max_texts * settings.predict_max_chars * 12 + 65_536
     body = await json_body(PredictIn, min(longest, settings.max_upload_bytes))(request)
-    texts = _checked(ctx, body.all_texts)
+    texts = _checked(ctx, body)
     served, labels, calibration = await _found(ctx, body.model)
     threshold = None if body.target_precision is None else _threshold(body.target_precision, calibration)
     least = body.min_confidence
@@ -56,11 +56,12 @@ def served_model(model: Model) -> ServedModel:
     return ServedModel(model.id, model.base_model, model.base_revision, model.storage_prefix, tuple(model.files))
 
 
-def _checked(ctx: Context, texts: list[str]) -> list[str]:
-    most, longest = ctx.settings.predict_max_texts, ctx.settings.predict_max_chars
+def _checked(ctx: Context, body: PredictIn) -> list[str]:
+    texts, most, longest = body.all_texts, ctx.settings.predict_max_texts, ctx.settings.predict_max_chars
     if len(texts) > most:
         raise InvalidInput(f"Expected 1 to {most} texts a call, found {len(texts)}. Split them over several calls.")
-    errors = [{"loc": ["texts", i], "message": f"expected 1 to {longest} characters"}
+    errors = [{"loc": ["text"] if body.texts is None else ["texts", i],
+               "message": f"expected 1 to {longest} characters, found {len(text)}"}
               for i, text in enumerate(texts) if not 0 < len(text) <= longest]  # fmt: skip
     if errors:
         raise InvalidInput(

@@ -74,11 +74,16 @@ class EngineHandle:
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
         self._warm: Callable[[], Sequence[ServedModel]] = tuple
-        self._stopping = False
+        self._n_to_warm = 0
 
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.returncode is None
+
+    @property
+    def warm(self) -> bool:
+        """Whether it runs and has loaded what was to be loaded at its start, as far as that can be."""
+        return self.running and self.figures is not None and self.figures.warmed >= self._n_to_warm
 
     @property
     def pid(self) -> int | None:
@@ -180,7 +185,9 @@ class EngineHandle:
         )  # fmt: skip
         self._process = process
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018
-        for model in await asyncio.to_thread(self._warm):
+        models = await asyncio.to_thread(self._warm)
+        self._n_to_warm = len(models)
+        for model in models:
             process.stdin.write(wire.pack({"type": "warm", "model": vars(model)}))
         while (message := await wire.read_async(process.stdout)) is not None:
             if "figures" in message:

@@ -267,9 +267,16 @@ class EngineProcess:
     def _warm(self, model: ServedModel, base: Future[Engine]) -> None:
         """Loads an adapter before anybody asks for it; a model without files stands for its base alone."""
         if base.exception() is None and model.files:
-            self._adapters.get(model, base.result()).add_done_callback(_tell_if_it_failed)
+            self._adapters.get(model, base.result()).add_done_callback(self._count_warmed)
         else:
-            _tell_if_it_failed(base)
+            self._count_warmed(base)
+
+    def _count_warmed(self, warmed: Future[Any]) -> None:
+        error = warmed.exception()
+        if error is not None:
+            log.warning("not warmed: %s", error.detail if isinstance(error, AppError) else type(error).__name__)
+        with self._lock:
+            self._figures.warmed += 1
 
     def _forget(self, number: int) -> bool:
         """Forgets a call; gives whether it was still open."""
@@ -300,12 +307,6 @@ class EngineProcess:
         with self._answering:
             self._answers.write(b"".join(frames))
             self._answers.flush()
-
-
-def _tell_if_it_failed(warmed: Future[Any]) -> None:
-    error = warmed.exception()
-    if error is not None:
-        log.warning("not warmed: %s", error.detail if isinstance(error, AppError) else type(error).__name__)
 
 
 def _answer(call: Call) -> bytes:

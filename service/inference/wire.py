@@ -48,6 +48,7 @@ class Figures:
         base_bytes: Of those.
         loading: Names of the base models being loaded.
         refused: Why a base model is not served, by its name.
+        warmed: Of what was to be loaded at the start, how many are in memory, or cannot be.
         gpu_allocated_bytes: Of this process's tensors; None without CUDA.
         gpu_reserved_bytes: What it keeps of the GPU's memory for them; None without CUDA.
     """
@@ -65,6 +66,7 @@ class Figures:
     base_bytes: int = 0
     loading: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    warmed: int = 0
     gpu_allocated_bytes: int | None = None
     gpu_reserved_bytes: int | None = None
 

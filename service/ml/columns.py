@@ -92,6 +92,8 @@ def find_if_asked(names: Sequence[str], asked: str | None, role: str) -> int | N
 def guess_text(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
     """Position of the text: `text`, else another usual name, else the longest column that does not look like labels.
 
+    Never one of numbers, unless it is the only column.
+
     Args:
         names: one per column.
         rows: data rows of the head.
@@ -102,8 +104,8 @@ def guess_text(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
     """
     free = [i for i in range(len(names)) if i not in taken]
     columns = _columns(rows)
-    usual = [i for i in free if _key(names[i]) in TEXT_NAMES]
-    unlike_labels = [i for i in free if columns and not _looks_like_labels(columns[i])]
+    usual = [i for i in free if _key(names[i]) in TEXT_NAMES and (not columns or _is_worded(columns[i]))]
+    unlike_labels = [i for i in free if columns and not _looks_like_labels(columns[i]) and _is_worded(columns[i])]
     choice = (
         [i for i in usual if _key(names[i]) == "text"] or usual or unlike_labels or (free if len(free) == 1 else [])
     )
@@ -147,6 +149,12 @@ def _stands_apart(cell: str, values: Sequence[str]) -> bool:
     """One word over texts, or a word over numbers."""
     numbers = all(value.isdecimal() for value in values)
     return not _is_spaced([cell]) and (_is_spaced(values) or (numbers and not cell.isdecimal()))
+
+
+def _is_worded(values: Sequence[str]) -> bool:
+    """Letters stand in most values that are not empty: numbers and dates are no texts."""
+    found = [any(map(str.isalpha, value)) for value in values if value.strip()]
+    return sum(found) * 2 > len(found) or not found
 
 
 def _is_spaced(values: Sequence[str]) -> bool:

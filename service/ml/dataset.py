@@ -58,6 +58,8 @@ class UploadOptions:
     labelled: bool = True
     rare_labels: Literal["refuse", "drop"] = "refuse"
     max_labels: int = 1000
+    usual_text: str | None = None
+    """Name of the column to take for the texts where none is said and the file has it."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,8 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
         if not any(head):
             raise NoRows("Expected rows, found none.")
         if options.has_header is None:
-            asked = (options.text_column, options.label_column, options.split_column)
+            asked = [options.text_column, options.label_column, options.split_column]
+            asked += [options.usual_text] if options.usual_text in head[0] else []
             has_header = columns.has_header(head, [name for name in asked if name is not None])
         text, label, split = _assign_columns(head, has_header, options)
     except InvalidData:
@@ -267,7 +270,8 @@ def _assign_columns(
             f"Expected different columns for text, label and split, found {listed}.", columns=columns.told(names)
         )
     if text is None:
-        text = columns.guess_text(names, rows, taken)
+        usual = None if options.usual_text not in names else names.index(options.usual_text)
+        text = usual if usual is not None and usual not in taken else columns.guess_text(names, rows, taken)
     if label is None and options.labelled:
         label = columns.guess_label(names, rows, [*taken, text])
     return names[text], None if label is None else names[label], None if split is None else names[split]

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from service.core.clock import Clock
 from service.core.errors import EngineUnavailable
 from service.core.settings import Settings
-from service.inference.handle import Scores
+from service.inference.handle import EngineHandle, Scores
 from service.inference.wire import Figures, ServedModel
 from service.main import create_app
 from service.server import Server
@@ -30,7 +30,8 @@ class QuietEngine:
     """Runs, and never answers: what the API has beside it where no test is about predictions."""
 
     running, pid, figures = True, None, Figures()
-    restarts = waiting_calls = waiting_chars = 0
+    restarts = waiting_calls = waiting_chars = _n_to_warm = 0
+    warm = EngineHandle.warm
 
     async def run(self, warm: Callable[[], Sequence[ServedModel]] = tuple) -> None:
         await asyncio.Event().wait()

@@ -302,6 +302,23 @@ def test_a_file_to_predict_needs_no_labels_and_may_say_that_it_has_some(predicti
     problem_of(asked, 422, asked.json()["code"])
 
 
+def test_a_file_to_predict_is_read_from_the_column_that_the_model_learned_from(start: Start) -> None:
+    client = start()
+    rows = "".join(f"{i},the {label} {i},{label}\n" for label in ("fee", "refund") for i in range(3))
+    learned = {"file": ("t.csv", f"text,message_raw,label\n{rows}".encode())}
+    dataset_id = client.post("/datasets", files=learned, data={"text_column": "message_raw"}).json()["id"]
+    assert client.post("/jobs", json={"dataset_id": dataset_id}).status_code == 202
+    db, made = context(client).db, model()
+    jobs.publish(db, claim(db).lease, [], [made], {}, START, GRACE)
+    form = {"spec": json.dumps({"kind": "predict", "model": made.id})}
+    for header, text_column in (("text,message_raw", "message_raw"), ("text,other", "text")):
+        sent = {"file": ("n.csv", f"{header}\nso it is,so it was\nhow it is,how it was\n".encode())}
+        answer = client.post("/jobs", files=sent, data=form)
+        assert answer.status_code == 202, answer.text
+        dataset = client.get(f"/datasets/{answer.json()['dataset_id']}").json()
+        assert (dataset["text_column"], "text_column" in dataset["inferred"]) == (text_column, True)
+
+
 @pytest.mark.parametrize(
     ("spec", "field"),
     [

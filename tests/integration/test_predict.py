@@ -441,7 +441,8 @@ def test_after_a_restart_the_models_to_preload_are_loaded_before_anybody_asks(se
     pid = until(lambda: serving.engine_pid, 10, "the engine runs")
     os.kill(pid, signal.SIGKILL)
     until(lambda: serving.engine_pid not in (None, pid), 20, "another engine runs")
-    until(lambda: engine.figures and engine.figures.adapter_bytes, PATIENCE_SECONDS, "the adapter is loaded")
+    until(lambda: engine.warm, PATIENCE_SECONDS, "the engine is warm")
+    assert engine.figures.adapter_bytes
     assert (engine.figures.adapter_misses, engine.figures.texts) == (1, 0)
     assert_right(serving, "seven", serving.ask("early"))
 

@@ -517,6 +517,7 @@ def test_too_few_rows_are_no_evidence(world: World) -> None:
     assert found["checked"] is False
     assert "only 18 distinct texts" in found["note"]
     assert "20" in found["note"]
+    assert "train it on more rows" in found["note"]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,9 @@ def test_a_service_without_workers_is_ready_and_says_how_to_start_one(start: Sta
         ({"running": False, "figures": None, "restarts": 3}, 503, "3 times"),
         ({"restarts": 1}, 200, "was lost and started again"),
         ({"figures": Figures(loading=["f2llm-0.6b"])}, 200, "is loading base model 'f2llm-0.6b'"),
+        ({"_n_to_warm": 2, "figures": Figures(warmed=1, loading=["f2llm-0.6b"])}, 503, "is loading base model 'f2llm"),
+        ({"_n_to_warm": 2, "figures": Figures(warmed=1)}, 503, "is loading the models that TUNEPROOF_PRELOAD names"),
+        ({"_n_to_warm": 2, "figures": Figures(warmed=2)}, 200, "ok"),
         ({"figures": Figures(refused={"x": "It does not fit. Raise it."})}, 200, "It does not fit. Raise it."),
     ],
 )

@@ -121,7 +121,9 @@ def test_a_whole_file_is_labelled_by_a_job_and_its_predictions_are_downloaded(
     csv = b"row_id,text,label,confidence\n"
     server.answers["GET /jobs/job_1/artifacts/predictions.csv"] = lambda request: httpx.Response(200, content=csv)
     given = ["predict", "--model", "prod", "--file", str(tickets), "--text-column", "0", "--min-confidence", "0.5"]
-    assert "watch job_1" in tuneproof_command(*given).stdout
+    started = tuneproof_command(*given)
+    assert "watch job_1" in started.stdout
+    assert started.stderr == "Recognised 'label' as the column of labels; --label-column names another.\n"
     body = server.requests[0].content.decode()
     assert '"kind": "predict", "model": "prod", "min_confidence": 0.5}' in body
     assert 'name="text_column"\r\n\r\n0\r\n' in body

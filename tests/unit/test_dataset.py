@@ -219,6 +219,26 @@ def test_a_usual_name_goes_before_shape(write):
     assert (found.format.text_column, found.format.label_column) == ("words", "Intent")
 
 
+def test_numbers_are_not_taken_for_texts_whatever_their_column_is_called(write):
+    rows = "".join(f"{label},{i:04},2026-01-{i:02},{label} is {i}\n" for i, label in enumerate(LABELS * 3, 1))
+    assert profile(write("label,ticket,date,raw\n" + rows), UploadOptions()).format.text_column == "raw"
+    error = refused(write("ticket,id\n1,2\n3,4\n5,6\n"), ColumnNotFound, labelled=False)
+    assert "ticket" in error.detail
+
+
+def test_the_usual_column_of_texts_is_taken_where_the_file_has_it_and_no_other_is_named(write):
+    rows = "".join(f"{label},{label} was {i},{label} is {i}\n" for i, label in enumerate(LABELS * 3, 1))
+    path = write("label,text,raw\n" + rows)
+    for options, column in (
+        ({"usual_text": "raw"}, "raw"),
+        ({"usual_text": "gone"}, "text"),
+        ({"usual_text": "column_0"}, "text"),
+        ({"usual_text": "raw", "text_column": "text"}, "text"),
+    ):
+        found = profile(path, UploadOptions(label_column="label", **options)).format
+        assert (found.text_column, found.has_header) == (column, True)
+
+
 @pytest.mark.parametrize(
     ("content", "options"),
     [

@@ -177,6 +177,11 @@ def test_more_memory_or_threads_than_there_are_is_told(tmp_path: Path, monkeypat
     assert {found[about].level for about in ("serving", "memory", "cpu")} == {"warn"}
 
 
+def test_names_to_preload_that_no_model_has_are_told(tmp_path: Path) -> None:
+    fresh_database(tmp_path).close()
+    assert findings(tmp_path, preload="live")["preload"].found == "no model has the id or alias 'live'"
+
+
 def test_a_key_opens_the_service_to_others(tmp_path: Path) -> None:
     db = fresh_database(tmp_path)
     with db.write() as session:

@@ -66,6 +66,7 @@ def submit(
             rare_labels=rare_labels,
         )
         if watch:
+            show_columns(client, job)
             watch_job(client, job.id, as_json)
         else:
             show_started(client, job, as_json)
@@ -161,15 +162,27 @@ def watch_job(client: Client, job_id: str, as_json: bool) -> None:
         show_result(job, warnings_of(client, job_id))
         if job.served:
             out.print(f"Ask {job.served[1]} with: {command(client, 'predict', '--model', job.served[0], 'a text')}")
+        elif job.status == "succeeded" and job.kind == "baseline":
+            out.print("It published no model: one of kind 'experiment' or 'train' does.")
         out.print(f"The job's page: {client.url}/ui/#/job/{job.id}")
     if job.status != "succeeded":
         raise typer.Exit(FAILED)
+
+
+def show_columns(client: Client, job: Job) -> None:
+    """Say on stderr which columns of the job's file are read, where nobody had named them."""
+    dataset = client.datasets.get(job.dataset_id)
+    found = {"text": dataset.text_column, "label": dataset.label_column}
+    guessed = {role: name for role, name in found.items() if f"{role}_column" in dataset.inferred}
+    for role, name in guessed.items():
+        err.print(f"Recognised {name!r} as the column of {role}s; --{role}-column names another.")
 
 
 def show_started(client: Client, job: Job, as_json: bool) -> None:
     if as_json:
         print_json(job.raw)
     else:
+        show_columns(client, job)
         out.print(f"{job.id} is {job.status}; follow it with: {command(client, 'watch', job.id)}")
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from tuneproof.commands.jobs import show_started, watch_job
+from tuneproof.commands.jobs import show_columns, show_started, watch_job
 from tuneproof.commands.options import EXIT_CODES, AliasName, ApiKey, AsJson, Limit, ModelId, ModelOrAlias, Url, connect
 from tuneproof.commands.show import err, out, plain_table, print_json, print_table, score
 from tuneproof.processes import become
@@ -53,7 +53,12 @@ def predict(
     """
     if file is not None:
         if texts or target_precision is not None:
-            raise typer.BadParameter("--file goes with neither texts nor --target-precision.")
+            raise typer.BadParameter(
+                "--file goes with neither texts nor --target-precision: ask about one text with that, and give the "
+                "threshold it finds (in --json) as --min-confidence."
+                if target_precision is not None
+                else "--file goes with no texts."
+            )
         folder = (output or Path("predictions.csv")).parent
         if (watch or output) and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise typer.BadParameter(f"Expected a folder that can be written to, found none at {folder.absolute()}.")
@@ -62,6 +67,7 @@ def predict(
             if not (watch or output):
                 show_started(client, job, as_json)
                 return
+            show_columns(client, job)
             watch_job(client, job.id, as_json)
             # Said before: a disk that is full takes nothing from who knows where they are.
             err.print(f"The predictions are at {client.url}/jobs/{job.id}/artifacts/predictions.csv")
