@@ -38,7 +38,7 @@ NEW_TEXTS = [
 KEPT = ("report.html", "metrics.json", "predictions.csv", "split.csv", "manifest.json")
 PROMPT_METHODS = {"zero_shot_prompt", "few_shot_prompt"}
 PROMPT_DEFAULT = "qwen3-0.6b"
-READY_WITHIN_SECONDS = 120.0
+READY_WITHIN_SECONDS = 180.0
 State = TypeVar("State")
 
 

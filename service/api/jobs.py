@@ -195,11 +195,11 @@ def _refuse_unknown_model(ctx: Context, id_or_alias: str | None) -> None:
 
 
 def _text_column_of(ctx: Context, id_or_alias: str) -> str | None:
-    """The name of the column that a model learned from; None where its job or its dataset is gone."""
+    """The name of the column that a model learned from; None where it had none, or its job or its dataset is gone."""
     with ctx.db.read() as session, contextlib.suppress(NotFound):
         job = jobs.get(session, catalog.find_model(session, id_or_alias).job_id)
-        column: str = catalog.get_dataset(session, job.dataset_id).profile["format"]["text_column"]
-        return column
+        learned: dict[str, Any] = catalog.get_dataset(session, job.dataset_id).profile["format"]
+        return learned["text_column"] if learned["has_header"] else None
     return None
 
 

@@ -36,6 +36,7 @@ _ERRORS: dict[str, type[AppError]] = {
     QueueFull.code: QueueFull, EngineUnavailable.code: EngineUnavailable,
 }  # fmt: skip
 _SECONDS_BETWEEN_STARTS = 1.0
+_SECONDS_TO_WARM = 120.0  # a base that has to be fetched first keeps nobody from those that are there for longer
 # The engine counts tokens once it has read a text. Before, characters are bounded, so that memory is: far above what a
 # token takes, for a long text is cut.
 _CHARS_A_TOKEN = 64
@@ -74,7 +75,7 @@ class EngineHandle:
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
         self._warm: Callable[[], Sequence[ServedModel]] = tuple
-        self._n_to_warm = 0
+        self._n_to_warm, self._started = 0, 0.0
 
     @property
     def running(self) -> bool:
@@ -82,8 +83,9 @@ class EngineHandle:
 
     @property
     def warm(self) -> bool:
-        """Whether it runs and has loaded what was to be loaded at its start, as far as that can be."""
-        return self.running and self.figures is not None and self.figures.warmed >= self._n_to_warm
+        """Whether it runs and has loaded what was to be loaded at its start, as far as that can be, or has had time."""
+        figures, waited = self.figures, time.monotonic() - self._started > _SECONDS_TO_WARM
+        return self.running and figures is not None and (waited or figures.warmed >= self._n_to_warm)
 
     @property
     def pid(self) -> int | None:
@@ -186,7 +188,7 @@ class EngineHandle:
         self._process = process
         assert process.stdin is not None and process.stdout is not None  # noqa: PT018
         models = await asyncio.to_thread(self._warm)
-        self._n_to_warm = len(models)
+        self._n_to_warm, self._started = len(models), time.monotonic()
         for model in models:
             process.stdin.write(wire.pack({"type": "warm", "model": vars(model)}))
         while (message := await wire.read_async(process.stdout)) is not None:

@@ -267,7 +267,12 @@ class EngineProcess:
     def _warm(self, model: ServedModel, base: Future[Engine]) -> None:
         """Loads an adapter before anybody asks for it; a model without files stands for its base alone."""
         if base.exception() is None and model.files:
-            self._adapters.get(model, base.result()).add_done_callback(self._count_warmed)
+            try:
+                self._adapters.get(model, base.result()).add_done_callback(self._count_warmed)
+            except Exception as error:  # noqa: BLE001 -- nobody else would be told of it
+                failed: Future[Any] = Future()
+                failed.set_exception(error)
+                self._count_warmed(failed)
         else:
             self._count_warmed(base)
 

@@ -18,6 +18,7 @@ _LABEL_NAMES = """
 TEXT_NAMES = frozenset(_TEXT_NAMES.split())
 LABEL_NAMES = frozenset(_LABEL_NAMES.split())
 SPLIT_NAMES = frozenset({"split", "partition", "subset", "fold"})
+_NUMBER = re.compile(r"[TZ\W_]*\d[\dTZ\W_]*")
 MOST_TOLD = 1_000  # columns; a table of texts has a few
 LONGEST_LABEL = 100  # characters; by shape alone, anything longer is taken for a text
 
@@ -50,11 +51,11 @@ def column_names(first: Sequence[str], *, has_header: bool) -> list[str]:
     return names
 
 
-def has_header(rows: Rows, asked: Collection[str]) -> bool:
+def has_header(rows: Rows, asked: Collection[str], usual_text: str | None = None) -> bool:
     """Whether the first row names the columns.
 
-    It does where it holds a name asked for, or only usual names. Otherwise the columns that look like labels decide: a
-    label turns up again below, a name does not.
+    It does where it holds a name asked for, or only usual names, of which `usual_text` is one. Otherwise the columns
+    that look like labels decide: a label turns up again below, a name does not.
     """
     first = [_clean(cell) for cell in rows[0]]
     named = {name for name in asked if not _is_index(name)}
@@ -62,7 +63,7 @@ def has_header(rows: Rows, asked: Collection[str]) -> bool:
         return True
     if named & {f"column_{i}" for i, cell in enumerate(first) if cell}:
         return False
-    usual = [_key(cell) in TEXT_NAMES | LABEL_NAMES for cell in first]
+    usual = [_key(cell) in TEXT_NAMES | LABEL_NAMES or cell == usual_text for cell in first]
     columns = _columns(rows[1:])
     if all(usual) or not columns:
         return any(usual)
@@ -92,7 +93,7 @@ def find_if_asked(names: Sequence[str], asked: str | None, role: str) -> int | N
 def guess_text(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
     """Position of the text: `text`, else another usual name, else the longest column that does not look like labels.
 
-    Never one of numbers, unless it is the only column.
+    A column of numbers or dates comes after every other.
 
     Args:
         names: one per column.
@@ -104,14 +105,15 @@ def guess_text(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
     """
     free = [i for i in range(len(names)) if i not in taken]
     columns = _columns(rows)
-    usual = [i for i in free if _key(names[i]) in TEXT_NAMES and (not columns or _is_worded(columns[i]))]
-    unlike_labels = [i for i in free if columns and not _looks_like_labels(columns[i]) and _is_worded(columns[i])]
-    choice = (
-        [i for i in usual if _key(names[i]) == "text"] or usual or unlike_labels or (free if len(free) == 1 else [])
-    )
-    if not choice:
+
+    def standing(i: int) -> tuple[bool, bool, bool, bool, int]:
+        values, key = columns[i] if columns else (), _key(names[i])
+        return not _is_numbers(values), key == "text", key in TEXT_NAMES, _is_spaced(values), sum(map(len, values))
+
+    choice = [i for i in free if _key(names[i]) in TEXT_NAMES or (columns and not _looks_like_labels(columns[i]))]
+    if not choice and len(free) != 1:
         raise _not_found("Expected a column of texts, recognised none", names, "text_column")
-    return max(choice, key=lambda i: (_is_spaced(columns[i]), sum(map(len, columns[i]))) if columns else (False, 0))
+    return max(choice or free, key=standing)
 
 
 def guess_label(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
@@ -151,10 +153,10 @@ def _stands_apart(cell: str, values: Sequence[str]) -> bool:
     return not _is_spaced([cell]) and (_is_spaced(values) or (numbers and not cell.isdecimal()))
 
 
-def _is_worded(values: Sequence[str]) -> bool:
-    """Letters stand in most values that are not empty: numbers and dates are no texts."""
-    found = [any(map(str.isalpha, value)) for value in values if value.strip()]
-    return sum(found) * 2 > len(found) or not found
+def _is_numbers(values: Sequence[str]) -> bool:
+    """Numbers, dates or ids of digits, whatever stands empty between them."""
+    found = [value for value in values if value.strip()]
+    return bool(found) and all(_NUMBER.fullmatch(value) for value in found)
 
 
 def _is_spaced(values: Sequence[str]) -> bool:

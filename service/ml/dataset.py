@@ -221,9 +221,8 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
         if not any(head):
             raise NoRows("Expected rows, found none.")
         if options.has_header is None:
-            asked = [options.text_column, options.label_column, options.split_column]
-            asked += [options.usual_text] if options.usual_text in head[0] else []
-            has_header = columns.has_header(head, [name for name in asked if name is not None])
+            asked = (options.text_column, options.label_column, options.split_column)
+            has_header = columns.has_header(head, [name for name in asked if name is not None], options.usual_text)
         text, label, split = _assign_columns(head, has_header, options)
     except InvalidData:
         # Broken or missing rows explain it better than a missing column does.
@@ -270,8 +269,9 @@ def _assign_columns(
             f"Expected different columns for text, label and split, found {listed}.", columns=columns.told(names)
         )
     if text is None:
-        usual = None if options.usual_text not in names else names.index(options.usual_text)
-        text = usual if usual is not None and usual not in taken else columns.guess_text(names, rows, taken)
+        usual = names.index(options.usual_text) if has_header and options.usual_text in names else -1
+        filled = usual not in (-1, *taken) and any(row[usual].strip() for row in rows)
+        text = usual if filled else columns.guess_text(names, rows, taken)
     if label is None and options.labelled:
         label = columns.guess_label(names, rows, [*taken, text])
     return names[text], None if label is None else names[label], None if split is None else names[split]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -31,6 +32,7 @@ class QuietEngine:
 
     running, pid, figures = True, None, Figures()
     restarts = waiting_calls = waiting_chars = _n_to_warm = 0
+    _started = math.inf  # it never waits too long
     warm = EngineHandle.warm
 
     async def run(self, warm: Callable[[], Sequence[ServedModel]] = tuple) -> None:

@@ -121,9 +121,7 @@ def test_a_whole_file_is_labelled_by_a_job_and_its_predictions_are_downloaded(
     csv = b"row_id,text,label,confidence\n"
     server.answers["GET /jobs/job_1/artifacts/predictions.csv"] = lambda request: httpx.Response(200, content=csv)
     given = ["predict", "--model", "prod", "--file", str(tickets), "--text-column", "0", "--min-confidence", "0.5"]
-    started = tuneproof_command(*given)
-    assert "watch job_1" in started.stdout
-    assert started.stderr == "Recognised 'label' as the column of labels; --label-column names another.\n"
+    assert "watch job_1" in tuneproof_command(*given).stdout
     body = server.requests[0].content.decode()
     assert '"kind": "predict", "model": "prod", "min_confidence": 0.5}' in body
     assert 'name="text_column"\r\n\r\n0\r\n' in body
@@ -134,6 +132,14 @@ def test_a_whole_file_is_labelled_by_a_job_and_its_predictions_are_downloaded(
     assert (tmp_path / "predictions-job_1.csv").read_bytes() == csv
     assert json.loads(tuneproof_command(*given, "--output", "mine.csv", "--json").stdout) == PREDICTED
     assert (tmp_path / "mine.csv").read_bytes() == csv
+
+
+def test_the_column_that_was_recognised_is_told_and_no_reason_to_fail(server: FakeServer, tickets: Path) -> None:
+    found = DATASET | {"inferred": ["text_column", "delimiter"], "text_column": "msg [x]", "label_column": None}
+    server.answers |= {"POST /jobs": RUNNING, "GET /datasets/ds_1": iter([found, problem(404)])}
+    told, untold = (tuneproof_command("predict", "--model", "prod", "--file", str(tickets)) for _ in range(2))
+    assert told.stderr == "Recognised 'msg [x]' as the column of texts; --text-column names another.\n"
+    assert (untold.exit_code, untold.stderr, untold.stdout) == (0, "", told.stdout)
 
 
 @pytest.mark.parametrize("output", ["missing/dir/x.csv", "."])

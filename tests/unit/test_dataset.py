@@ -222,8 +222,15 @@ def test_a_usual_name_goes_before_shape(write):
 def test_numbers_are_not_taken_for_texts_whatever_their_column_is_called(write):
     rows = "".join(f"{label},{i:04},2026-01-{i:02},{label} is {i}\n" for i, label in enumerate(LABELS * 3, 1))
     assert profile(write("label,ticket,date,raw\n" + rows), UploadOptions()).format.text_column == "raw"
-    error = refused(write("ticket,id\n1,2\n3,4\n5,6\n"), ColumnNotFound, labelled=False)
-    assert "ticket" in error.detail
+    dates = "".join(f"{i},2026-01-{i:02}T10:00:00Z,word{i}\n" for i in range(1, 7))
+    named = UploadOptions(labelled=False, has_header=True)
+    assert profile(write("id,created,note\n" + dates), named).format.text_column == "note"
+
+
+@pytest.mark.parametrize("texts", ["😀 😃 😂 🥲 😎 🤖", "1200 99 7 555 8 12", "1+3=? 2-1=? 7*7=? 6/2=? 5-5=? 9*1=?"])
+def test_where_nothing_else_is_left_texts_may_be_of_any_characters(write, texts):
+    rows = "".join(f"{text},{label}\n" for text, label in zip(texts.split(), "aaabbb", strict=True))
+    assert profile(write("text,label\n" + rows), UploadOptions()).format.text_column == "text"
 
 
 def test_the_usual_column_of_texts_is_taken_where_the_file_has_it_and_no_other_is_named(write):
@@ -237,6 +244,10 @@ def test_the_usual_column_of_texts_is_taken_where_the_file_has_it_and_no_other_i
     ):
         found = profile(path, UploadOptions(label_column="label", **options)).format
         assert (found.text_column, found.has_header) == (column, True)
+    spaced = write('"grund ","bem"\nlieferung,spaet\nrechnung,falsch\n')
+    assert profile(spaced, UploadOptions(labelled=False, usual_text="grund")).n_rows == 2
+    empty = write("raw,text\n,c d e\n,h i j\n")
+    assert profile(empty, UploadOptions(labelled=False, usual_text="raw")).format.text_column == "text"
 
 
 @pytest.mark.parametrize(

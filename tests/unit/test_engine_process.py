@@ -4,6 +4,7 @@ import io
 import os
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class World:
     loads: dict[str, list[Future[Any]]] = field(default_factory=dict)
     by_hand: set[str] = field(default_factory=set)
     bases: dict[str, Gate] = field(default_factory=dict)
+    base_loads: dict[str, Future[Any]] = field(default_factory=lambda: defaultdict(Future))
 
     def __post_init__(self) -> None:
         encoded = lambda _tokenizer, texts, most: SimpleNamespace(  # noqa: E731
@@ -76,7 +78,8 @@ class World:
         asked, self._ask = os.pipe()
         told, tells = os.pipe()
         bases = SimpleNamespace(
-            device=torch.device("cpu"), engine=lambda key: self.bases[key[0]], tell=lambda _figures: None
+            device=torch.device("cpu"), engine=lambda key: self.bases[key[0]], tell=lambda _figures: None,
+            load=lambda key: self.base_loads[key[0]],
         )  # fmt: skip
         self.bases["tiny"] = self.engine
         adapters = SimpleNamespace(get=self._adapter)
@@ -96,6 +99,9 @@ class World:
         asked = MODEL | {"id": model, "base_model": base}
         message = {"type": "predict", "number": number, "model": asked, "texts": texts} | more
         os.write(self._ask, wire.pack(message))
+
+    def warm(self, model: str, base: str, **more: Any) -> None:
+        os.write(self._ask, wire.pack({"type": "warm", "model": MODEL | {"id": model, "base_model": base} | more}))
 
     def drop(self, number: int) -> None:
         os.write(self._ask, wire.pack({"type": "drop", "number": number}))
@@ -122,6 +128,8 @@ class World:
 
     def _adapter(self, model: Any, _engine: Any) -> Future[Any]:
         adapter: Future[Any] = Future()
+        if model.id == "thread":
+            raise RuntimeError("can't start new thread")
         if model.id in self.by_hand:
             self.loads.setdefault(model.id, []).append(adapter)
         else:
@@ -161,6 +169,23 @@ def test_a_large_call_is_split_and_single_texts_do_not_wait_for_its_end(world: W
     world.let(100)
     assert lengths(world.answer(1)) == [len(text) for text in texts], "in the order asked"
     assert all(sum(n for _m, n in batch) <= BUDGET for batch in world.engine.batches)
+
+
+def test_what_is_warmed_is_counted_when_it_is_there_and_when_it_never_will_be(world: World) -> None:
+    world.by_hand = {"damaged", "fine"}
+    for name in ("fine", "damaged", "thread"):
+        world.warm(name, "tiny")
+    world.warm("", "tiny", files=[])
+    world.warm("lost", "refused")
+    until(lambda: len(world.base_loads) == 2, 20, "all are asked for")
+    assert world.process._figures.warmed == 0
+    world.base_loads["refused"].set_exception(InvalidData("It does not fit."))
+    until(lambda: world.process._figures.warmed == 1, 20, "the base that is refused is counted")
+    world.base_loads["tiny"].set_result(world.engine)
+    assert world.process._figures.warmed == 3, "the base alone, and the one that could not be asked for"
+    world.loads["damaged"][0].set_exception(InvalidData("It is damaged."))
+    world.loads["fine"][0].set_result(Adapter("fine"))
+    assert world.process._figures.warmed == 5
 
 
 def test_an_adapter_that_is_being_loaded_holds_up_nobody_else(world: World) -> None:

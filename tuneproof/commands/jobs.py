@@ -21,6 +21,7 @@ from tuneproof.commands.show import (
     show_result,
     warnings_of,
 )
+from tuneproof.errors import TuneproofError
 from tuneproof.results import Job
 from tuneproof.sync.client import DEFAULT_URL, Client
 
@@ -170,8 +171,11 @@ def watch_job(client: Client, job_id: str, as_json: bool) -> None:
 
 
 def show_columns(client: Client, job: Job) -> None:
-    """Say on stderr which columns of the job's file are read, where nobody had named them."""
-    dataset = client.datasets.get(job.dataset_id)
+    """Say on stderr which columns of the job's file are read, where nobody had named them; not worth an error."""
+    try:
+        dataset = client.datasets.get(job.dataset_id)
+    except TuneproofError:
+        return
     found = {"text": dataset.text_column, "label": dataset.label_column}
     guessed = {role: name for role, name in found.items() if f"{role}_column" in dataset.inferred}
     for role, name in guessed.items():
@@ -182,8 +186,8 @@ def show_started(client: Client, job: Job, as_json: bool) -> None:
     if as_json:
         print_json(job.raw)
     else:
-        show_columns(client, job)
         out.print(f"{job.id} is {job.status}; follow it with: {command(client, 'watch', job.id)}")
+        show_columns(client, job)
 
 
 def _print_job(job: Job, as_json: bool) -> None:
