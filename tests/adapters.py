@@ -59,6 +59,13 @@ def stock_base(base: Path, n_labels: int) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(base, num_labels=n_labels, dtype=torch.float32)
 
 
+def stock_peft(base: Path, folder: Path, n_labels: int) -> Any:
+    """As PEFT loads it for further training, without dropout."""
+    model = stock_base(base, n_labels)
+    model.config.pad_token_id = AutoTokenizer.from_pretrained(folder).pad_token_id
+    return PeftModel.from_pretrained(model, folder, is_trainable=True).eval()
+
+
 @torch.inference_mode()
 def stock_logits(
     base: Path, folder: Path, texts: Sequence[str], n_labels: int, max_length: int = 32

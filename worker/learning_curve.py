@@ -14,9 +14,11 @@ from service.core.spec import auto_epochs
 from service.ml.split import growing_order
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
-from worker.methods.lora import Lora, LoraRecipe, OnEvent
+from worker.methods.lora import Lora
 from worker.methods.protocol import OnProgress, Predictor, Rows
+from worker.methods.recipe import LoraRecipe
 from worker.methods.tfidf_logreg import TfidfLogreg
+from worker.methods.training import OnEvent
 from worker.metrics import score
 from worker.saved import Saveable, Served
 

@@ -18,7 +18,7 @@ from service.ml.dataset import TableFormat
 from service.ml.device import training_precision
 from service.ml.labels import LabelSet
 from service.ml.split import Split, Table, read_split, stratified_subset
-from worker.methods.lora import auto_learning_rate
+from worker.methods.recipe import auto_learning_rate
 
 NOT_PROMPTED = (
     "Prompting was not tested, because no generative model is at hand: fetch one with `tuneproof models pull "

@@ -42,10 +42,11 @@ from worker.compare import COST_ORDER, MethodAnswers, compare_all, unproven
 from worker.learning_curve import TRAINED, LearningCurve, main_part
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
-from worker.methods.lora import Lora, LoraRecipe
+from worker.methods.lora import Lora
 from worker.methods.majority import Majority
 from worker.methods.prompts import USER_V1, PromptTemplate
 from worker.methods.protocol import OnProgress, Predictor, Rows, silent
+from worker.methods.recipe import LoraRecipe
 from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Answerer, Prompted, PromptedModel, Similarity, draw_examples
 from worker.metrics import score

@@ -15,6 +15,8 @@ from service.ml.encode import Tokenizer, load_tokenizer
 
 Pooling = Literal["mean", "cls", "last"]
 _ATTENTION = {"attention", "attn", "self_attn", "self_attention"}
+WRAPPED = "base"
+"""Under this name the engine's wrapper of a layer holds the base's own."""
 
 
 @dataclass
@@ -53,24 +55,29 @@ class Backbone:
         config: Any = self.model.config
         return int(config.hidden_size)
 
-    def attention_projections(self) -> list[str]:
-        """Names of the attention's linear layers from the block on: `self_attn.q_proj`, `attention.self.query`.
+    def attention_layers(self) -> dict[str, nn.Linear]:
+        """The attention's linear layers by name, whether an engine has wrapped them or not.
 
         Raises:
             ModelUnavailable: the architecture's attention has no linear layers (GPT-2 has convolutions).
         """
-        names = set()
-        for name, module in self.model.named_modules():
-            parts = name.split(".")
-            if isinstance(module, nn.Linear) and _ATTENTION.intersection(parts):
-                start = next(i for i, part in enumerate(parts) if part in _ATTENTION)
-                names.add(".".join(parts[start:]))
-        if not names:
+        layers = {
+            name.removesuffix(f".{WRAPPED}"): module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and _ATTENTION.intersection(name.split("."))
+        }
+        if not layers:
             raise ModelUnavailable(
                 f"Base model {self.source.base.name!r} cannot be fine-tuned: its attention has no linear layers.",
                 hint="Use another base model, or a baseline job on this one.",
             )
-        return sorted(names)
+        return layers
+
+    def attention_projections(self) -> list[str]:
+        """Their names from the block on: `self_attn.q_proj`, `attention.self.query`. Raises ModelUnavailable."""
+        parts = [name.split(".") for name in self.attention_layers()]
+        starts = [next(i for i, part in enumerate(name) if part in _ATTENTION) for name in parts]
+        return sorted({".".join(name[start:]) for name, start in zip(parts, starts, strict=True)})
 
     def inputs(self, ids: Sequence[list[int]]) -> dict[str, Tensor]:
         """`(B, L)` right-padded input ids and, for encoders, the attention mask.

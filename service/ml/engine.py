@@ -7,6 +7,7 @@ The rows of a batch are laid end to end (`packed`), each wrapped layer adds what
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,8 @@ _PROBES = ("a", "b", "a longer text than those", "why, and when, and where was i
 
 OnBatch = Callable[[int, int], None]
 """Called after every batch with the rows done and the rows in all."""
+Change = Callable[[str, nn.Linear, Tensor], Tensor]
+"""Computes a wrapped layer: its name, the base's own, `(…, in)`; gives `(…, out)`."""
 
 log = logging.getLogger("tuneproof.engine")
 
@@ -45,6 +48,7 @@ class _Flight:
     rows: Rows | None = None
     mixture: Mixture | None = None
     hidden: Tensor | None = None
+    change: Change | None = None
 
 
 class _AdaptedLinear(nn.Module):
@@ -56,6 +60,8 @@ class _AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(…, in)` to `(…, out)`."""
+        if self.flight.change is not None:
+            return self.flight.change(self.name, self.base, x)
         y: Tensor = self.base(x)
         mixture = self.flight.mixture
         if mixture is None:
@@ -183,6 +189,25 @@ class Engine:
             for kind, values in answers.items():
                 values[batch] = states.of(kind).cpu().numpy()
         return answers
+
+    @contextmanager
+    def changed(self, change: Change) -> Iterator[None]:
+        """Until it ends, `change` computes the layers that were attached: training's own.
+
+        Backward passes belong inside, since gradient checkpointing computes layers again.
+        """
+        model: Any = self.backbone.model
+        self._flight.change = change
+        model.train(model.is_gradient_checkpointing)  # transformers checkpoints no other; the base's dropouts are all 0
+        try:
+            yield
+        finally:
+            self._flight.change = None
+            model.eval()
+
+    def head_states(self, ids: Sequence[list[int]]) -> Tensor:
+        """`(B, H')` of B texts, shortest first: what the stock head sees, float32, with gradients."""
+        return self._run(ids, [], self._kernel if len(ids[-1]) <= self._longest_packed else None)[0].head
 
     def _batches(self, ids: Sequence[list[int]], on_batch: OnBatch | None) -> Iterator[NDArray[np.int64]]:
         """Positions of the rows, batch by batch, shortest first."""

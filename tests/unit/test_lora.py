@@ -6,22 +6,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
 
 from service.core.errors import ModelUnavailable
 from service.core.spec import TrainSpec, auto_epochs
+from service.ml.adapter import WEIGHTS
 from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
 from service.ml.encode import encode
 from service.ml.engine import Engine
 from service.ml.labels import LabelSet
-from tests.adapters import TARGETS, manifest, stock_logits
+from tests.adapters import TARGETS, manifest, stock_logits, stock_peft
 from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, KEYWORDS, QWEN3, QWEN3_EOS, ROBERTA, labelled_texts
 from worker.artifacts import write_json
 from worker.methods.checkpoint import Checkpoint, newest
 from worker.methods.frozen import FrozenBase, fit_probe
-from worker.methods.lora import Lora, LoraRecipe, _with_lora, auto_learning_rate, epoch_batches
+from worker.methods.lora import Lora
 from worker.methods.protocol import Rows
+from worker.methods.recipe import LoraRecipe, auto_learning_rate
+from worker.methods.trainable import LORA, Trainable, lora_layout
+from worker.methods.training import Run, epoch_batches
 
 CPU = torch.device("cpu")
 MAX_LENGTH = 24
@@ -54,8 +58,11 @@ def fine_tune(base, tmp_path, train=TRAIN, validation=VALIDATION, on_checkpoint=
     return Lora(base, recipe(**changes), tmp_path / "checkpoints", on_checkpoint).fit(train, validation)
 
 
-def trainable(trained):
-    return {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+def last(folder):
+    """The newest checkpoint of a run: its last weights, not its best, which on random ones may be the probe's."""
+    return newest(
+        folder / "checkpoints", RECIPE.__dict__ | json.loads(next(folder.rglob("state.json")).read_text())["recipe"]
+    )
 
 
 def probe_logits(base, train, validation):
@@ -71,51 +78,99 @@ def probe_logits(base, train, validation):
 @pytest.mark.parametrize("name", [QWEN3, DISTILBERT])
 def test_lora_and_head_learn_and_the_base_does_not_move(name, checkpointing, tiny_models, tmp_path):
     base = frozen(tiny_models, name)
-    start = Lora(base, RECIPE, tmp_path)
-    backbone = start._load(len(LABELS), fit_probe(base, TRAIN, VALIDATION, "head", intercept=base.engine.head_has_bias))
-    head_before = backbone.model.get_submodule(backbone.head_name).weight.clone()
+    head = f"{base.engine.backbone.head_name}.weight"
+    probe = fit_probe(base, TRAIN, VALIDATION, "head", intercept=base.engine.head_has_bias)
 
     trained = fine_tune(base, tmp_path, gradient_checkpointing=checkpointing)
 
-    # The last ones, not the best: on random weights the probe may well be the best.
-    weights = newest(tmp_path / "checkpoints", trained.recipe.__dict__).weights
-    b_halves = {name: tensor for name, tensor in weights.items() if ".lora_B." in name}
-    assert len(b_halves) == 2 * 4  # layers x projections
-    assert all(tensor.abs().max() > 1e-4 for tensor in b_halves.values())  # B starts at zero
+    weights = last(tmp_path).weights
+    layout = trained.trainable.layout
+    assert len(layout.layers) == 2 * 4  # layers x projections
+    for (_name, rank, n_in, _n_out), part in zip(layout.layers, weights[LORA].split(layout.sizes), strict=True):
+        assert part[rank * n_in :].abs().max() > 1e-4  # B starts at zero
     assert trained.state.gradient_checkpointing is checkpointing
-    heads = [tensor for name, tensor in weights.items() if tensor.shape == head_before.shape and ".lora_" not in name]
-    assert len(heads) == 1
-    assert (heads[0] - head_before).abs().max() > 1e-4
+    assert (weights[head] - torch.from_numpy(probe.weight)).abs().max() > 1e-4
     stock = AutoModelForSequenceClassification.from_pretrained(tiny_models / name, dtype=torch.float32).state_dict()
-    after = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor
-        for name, tensor in trained.model.state_dict().items()
-        if "lora_" not in name and "classifier" not in name and "score" not in name
-    }
+    after = {key.replace(".base.", "."): tensor for key, tensor in base.engine.backbone.model.state_dict().items()
+             if "classifier" not in key and "score" not in key}  # fmt: skip
     assert len(after) > 20
     for key, tensor in after.items():
         assert torch.equal(tensor, stock[key]), key
 
 
-@pytest.mark.parametrize("name", [BERT, ROBERTA])
-def test_gradient_checkpointing_gives_every_lora_pair_the_same_gradient(name, tiny_models, tmp_path):
-    base = frozen(tiny_models, name)
-    weights = {}
-    for checkpointing in (False, True):
-        folder = tmp_path / str(checkpointing)
-        weights[checkpointing] = trainable(fine_tune(base, folder, gradient_checkpointing=checkpointing, epochs=1))
-    for key, tensor in weights[False].items():
-        torch.testing.assert_close(weights[True][key], tensor, atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("labels", [TWO, LABELS])
+@pytest.mark.parametrize("name", [QWEN3, *ENCODERS])
+def test_gradients_are_those_of_stock_peft(name, labels, checkpointing, tiny_models, tmp_path):
+    engine = frozen(tiny_models, name).engine
+    ours = Trainable.start(engine, 4, 12, 0.0, len(labels), None, 3)
+    for weights in ours.weights.values():  # B and the head start at zero, where half of the gradients are
+        weights.data += 0.3 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+    batch = rows(9, 5, labels)
+    ids = sorted(encode(engine.backbone.tokenizer, batch.texts, MAX_LENGTH).ids, key=len)
+    target = torch.from_numpy(batch.label_ids)
+    if checkpointing:
+        engine.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with engine.changed(ours.change):
+        loss = torch.nn.functional.cross_entropy(ours.logits(ids), target)
+        loss.backward()
+    got = tmp_path / "gradients"
+    got.mkdir()
+    ours.save(tmp_path, ours.weights, alpha=12)
+    ours.save(got, {key: weights.grad for key, weights in ours.weights.items()}, alpha=12)
+
+    stock = stock_peft(tiny_models / name, tmp_path, len(labels))
+    longest = max(map(len, ids))
+    padded = torch.tensor([row + [engine.backbone.pad_id] * (longest - len(row)) for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+    expected = torch.nn.functional.cross_entropy(stock(input_ids=padded, attention_mask=mask).logits, target)
+    expected.backward()
+
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    found = {key.removeprefix("base_model.model."): tensor for key, tensor in load_file(got / WEIGHTS).items()}
+    moved = {key.removeprefix("base_model.model.").replace(".default", "").replace("modules_to_save.", ""): p.grad
+             for key, p in stock.named_parameters() if p.grad is not None}  # fmt: skip
+    assert found.keys() == moved.keys()
+    for key, gradient in moved.items():
+        assert (found[key] - gradient).norm() <= 1e-3 * gradient.norm(), key
+
+
+def test_a_batch_cut_into_parts_has_the_gradient_of_the_whole(tiny_models, tmp_path):
+    whole, parts = (
+        Run(Trainable.start(frozen(tiny_models, BERT).engine, 4, 8, 0.0, 4, None, 3),
+            recipe(dropout=0.0, balanced=True), TRAIN, VALIDATION, None, print)
+        for _ in range(2)
+    )  # fmt: skip
+    parts.state.rows_at_once = 3
+    for run in (whole, parts):
+        for weights in run.trainable.weights.values():
+            weights.data += 0.1
+    batch = np.argsort(whole.lengths)[:16]
+    assert float(whole._step(batch)) == pytest.approx(float(parts._step(batch)), rel=1e-5)
+    for key, weights in whole.trainable.weights.items():
+        torch.testing.assert_close(parts.trainable.weights[key].grad, weights.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_dropout_takes_its_share_and_keeps_the_mean(tiny_models):
+    engine = frozen(tiny_models, BERT).engine
+    ours = Trainable.start(engine, 4, 8, 0.25, 4, None, 3)
+    ids = sorted(encode(engine.backbone.tokenizer, TRAIN.texts, MAX_LENGTH).ids, key=len)
+    with engine.changed(ours.change):
+        ours.logits(ids, torch.Generator().manual_seed(1))
+    kept = ours._kept
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert float(kept.mean()) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_in_bf16_what_is_trained_stays_float32(name, tiny_models, tmp_path):
     """Small updates are lost in bf16's eight bits."""
     trained = fine_tune(frozen(tiny_models, name), tmp_path, precision="bf16", epochs=1)
-    assert {p.dtype for p in trained.model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for n, p in trained.model.named_parameters() if n.endswith("base_layer.weight")} == {torch.bfloat16}
+    assert {p.dtype for p in trained.trainable.weights.values()} == {torch.float32}
+    assert {p.dtype for p in trained.backbone.model.parameters()} == {torch.bfloat16}
     trained.save(tmp_path)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {torch.float32}
 
 
 def test_a_tokenizer_without_a_pad_token_trains_in_batches_above_one(tiny_models, tmp_path):
@@ -199,10 +254,12 @@ def test_the_loss_is_told_as_it_falls_and_its_mean_over_an_epoch_is_the_epochs(t
 def test_a_loss_that_diverged_is_told_as_none(tiny_models, tmp_path):
     events = []
     lora = Lora(
-        frozen(tiny_models, DISTILBERT), recipe(), tmp_path, lambda _path: None, lambda *told: events.append(told)
-    )
-    lora._tell_loss(0.5, float("nan"), 1e-3)
-    assert events[-1][2] == {"epoch": 0.5, "train_loss": None, "learning_rate": 1e-3}
+        frozen(tiny_models, DISTILBERT), recipe(learning_rate=1e20, epochs=1), tmp_path, lambda _path: None,
+        lambda *told: events.append(told),
+    )  # fmt: skip
+    trained = lora.fit(TRAIN, VALIDATION)
+    assert events[-2][2]["train_loss"] is None
+    assert trained.state.log == [data for _kind, _message, data in events]
 
 
 def test_a_run_that_diverged_is_written_down_to_its_end(tiny_models, tmp_path):
@@ -248,9 +305,9 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(name, tiny
             fine_tune(frozen(tiny_models, name), tmp_path / "b", epochs=3, on_checkpoint=kill)
     saved = []
     resumed = fine_tune(frozen(tiny_models, name), tmp_path / "b", epochs=3, on_checkpoint=saved.append)
-    assert [path.name for path in saved] == ["epoch-3"]
-    for key, tensor in trainable(in_one_go).items():
-        torch.testing.assert_close(trainable(resumed)[key], tensor, atol=1e-6, rtol=1e-5)
+    assert [path.name for path in saved] == ["step-9"]
+    for key, tensor in last(tmp_path / "a").weights.items():
+        assert torch.equal(last(tmp_path / "b").weights[key], tensor)
     assert [e["epoch"] for e in resumed.state.history] == [0, 1, 2, 3]
     assert resumed.state.best_epoch == in_one_go.state.best_epoch
     assert resumed.state.train_tokens == in_one_go.state.train_tokens
@@ -282,7 +339,7 @@ def test_a_checkpoint_of_another_recipe_is_not_continued(tiny_models, tmp_path):
 def test_a_checkpoint_half_written_when_the_machine_stopped_is_passed_over(tiny_models, tmp_path):
     checkpoints = tmp_path / "checkpoints"
     fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
-    shutil.copytree(checkpoints / "epoch-1", checkpoints / "epoch-2.partial")
+    shutil.copytree(checkpoints / "step-3", checkpoints / "step-6.partial")
     found = newest(checkpoints, recipe(epochs=1).__dict__)
     assert found is not None
     assert found.state.epoch == 1
@@ -303,8 +360,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_models, 
         folder = tmp_path / file
         shutil.copytree(tmp_path / "checkpoints", folder)
         found = []
-        for number in (2, 1):
-            damaged = folder / f"epoch-{number}" / file
+        for number in (6, 3):
+            damaged = folder / f"step-{number}" / file
             damaged.write_bytes(damaged.read_bytes()[:-20])
             found.append(newest(folder, recipe(epochs=2).__dict__))
         assert found[0] is not None
@@ -317,8 +374,8 @@ def test_a_checkpoint_is_made_of_safetensors_and_json_alone(tiny_models, tmp_pat
     files = {str(f.relative_to(tmp_path / "checkpoints")) for f in (tmp_path / "checkpoints").rglob("*") if f.is_file()}
     names = ("weights.safetensors", "average.safetensors", "best.safetensors", "optimizer.safetensors", "state.json")
     # The last, and the one before it: that one may be on its way to the storage still.
-    assert files == {f"epoch-{number}/{name}" for number in (2, 3) for name in names}
-    assert Checkpoint.load(tmp_path / "checkpoints" / "epoch-3").state.epoch == 3
+    assert files == {f"step-{number}/{name}" for number in (6, 9) for name in names}
+    assert Checkpoint.load(tmp_path / "checkpoints" / "step-9").state.epoch == 3
 
 
 # What is saved -------------------------------------------------------------------------------------
@@ -353,8 +410,12 @@ def test_the_facts_say_what_was_trained(tiny_models, tmp_path):
     train = Rows((*TRAIN.texts[:-1], "late parcel " * 40), TRAIN.label_ids, LABELS)
     trained = fine_tune(frozen(tiny_models, QWEN3_EOS), tmp_path, train)
     facts = trained.facts()
-    assert facts["trainable_parameters"] == sum(tensor.numel() for tensor in trainable(trained).values())
-    assert facts["total_parameters"] == sum(p.numel() for p in trained.model.parameters())
+    trained.save(tmp_path)
+    peft = stock_peft(tiny_models / QWEN3_EOS, tmp_path, len(LABELS))
+    assert facts["trainable_parameters"] == peft.get_nb_trainable_parameters()[0]
+    assert facts["total_parameters"] - facts["trainable_parameters"] == sum(
+        p.numel() for p in AutoModel.from_pretrained(tiny_models / QWEN3_EOS).parameters()
+    )
     assert facts["truncated_texts"] == 1
     tokens = encode(trained.backbone.tokenizer, train.texts, MAX_LENGTH).lengths.sum()
     assert trained.state.train_tokens == 2 * tokens
@@ -371,10 +432,8 @@ def test_about_seven_in_a_thousand_weights_of_an_f2llm_train():
     with torch.device("meta"):
         backbone = _backbone_of(Qwen3ForSequenceClassification(config))
     assert sorted(name.rpartition(".")[2] for name in backbone.attention_projections()) == sorted(TARGETS["qwen3"])
-    with torch.device("meta"):
-        model = _with_lora(backbone, recipe(rank=16, alpha=32))
-    lora = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name)
-    base = sum(p.numel() for name, p in model.named_parameters() if not p.requires_grad and "score" not in name)
+    lora = sum(lora_layout(backbone, 16).sizes)
+    base = sum(p.numel() for name, p in backbone.model.named_parameters() if "score" not in name)
     assert lora == 28 * 16 * ((1024 + 2048) + 2 * (1024 + 1024) + (2048 + 1024))  # r (in + out) of q, k, v, o
     assert 0.006 < lora / (base + lora) < 0.009
 

@@ -19,26 +19,35 @@ _PARTIAL = ".partial"
 
 @dataclass
 class TrainingState:
-    """What is known after an epoch; epoch 0 is the model before its first step.
+    """What is known after a step; epoch 0 is the model before its first.
 
     Args:
         recipe: Everything the run depends on; a checkpoint of another recipe is not continued.
         epoch: Epochs done.
+        step: Steps done of the one after them.
+        loss_sum: Of those steps.
         best_epoch: The one that stands highest on the validation rows so far.
         best_macro_f1: Its macro-F1 there, with `best_loss` to decide ties.
         train_seconds: Spent in training steps.
         train_tokens: Real tokens trained on, padding not counted.
+        rows_at_once: Of a batch, what fits into memory; 0 for all.
+        history: What each epoch came to.
+        log: All that was told, in order.
     """
 
     recipe: dict[str, Any]
     epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
     best_epoch: int = 0
     best_macro_f1: float = -1.0
     best_loss: float = float("inf")
     train_seconds: float = 0.0
     train_tokens: int = 0
     gradient_checkpointing: bool = False
+    rows_at_once: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
+    log: list[dict[str, float | None]] = field(default_factory=list)
 
 
 @dataclass
@@ -51,9 +60,9 @@ class Checkpoint:
     best: dict[str, Tensor]
     optimizer: dict[str, Tensor]
 
-    def save(self, folder: Path) -> Path:
-        """Writes `folder/epoch-N`, whole or not at all, and keeps the one before it. Returns its path."""
-        target = folder / f"epoch-{self.state.epoch}"
+    def save(self, folder: Path, steps_done: int) -> Path:
+        """Writes `folder/step-N`, whole or not at all, and keeps the one before it. Returns its path."""
+        target = folder / f"step-{steps_done}"
         partial = folder / f"{target.name}{_PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -62,9 +71,9 @@ class Checkpoint:
         (partial / _STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         partial.replace(target)
-        for older in folder.glob("epoch-*"):
-            if _number(older) < self.state.epoch - 1:
-                shutil.rmtree(older, ignore_errors=True)
+        whole = sorted((path for path in folder.glob("step-*") if path.suffix != _PARTIAL), key=_number)
+        for older in whole[:-2]:
+            shutil.rmtree(older, ignore_errors=True)
         return target
 
     @classmethod
@@ -75,7 +84,7 @@ class Checkpoint:
 
 def newest(folder: Path, recipe: dict[str, Any]) -> Checkpoint | None:
     """The newest checkpoint below `folder` that is whole, undamaged and of this recipe."""
-    whole = [path for path in folder.glob("epoch-*") if path.suffix != _PARTIAL]
+    whole = [path for path in folder.glob("step-*") if path.suffix != _PARTIAL]
     for path in sorted(whole, key=_number, reverse=True):
         # A damaged one, left by a machine that lost its power, would fail every attempt: the one before it is kept.
         with suppress(OSError, ValueError, TypeError, SafetensorError):
@@ -91,7 +100,7 @@ def _result_of(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(path: Path) -> int:
-    return int(path.name.removeprefix("epoch-").removesuffix(_PARTIAL))
+    return int(path.name.removeprefix("step-"))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

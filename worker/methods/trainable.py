@@ -1,0 +1,185 @@
+"""What a fine-tune moves: LoRA pairs, layers the base lacks, and the head, in float32 whatever the base's precision.
+
+The frozen model runs in the engine, as it does in serving; here is what its wrapped layers compute meanwhile.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from service.ml.adapter import CONFIG, WEIGHTS, Adapter, Layout, Linear
+from service.ml.backbone import WRAPPED, Backbone
+from service.ml.engine import Engine
+from worker.methods.frozen import Probe
+
+Weights = dict[str, Tensor]
+LORA = "lora"
+_PEFTS_OWN = ("classifier", "score")  # it trains and saves modules of these names whatever it is told
+_SHIFT = 8191  # a prime: no two layers drop the same places
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = W x + b + B A d(x), with A and B in the frozen W's precision, and gradients for x, A and B alone.
+
+    One node in place of PEFT's dozen, which keep float32 copies of every layer's input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, keep: Tensor | None
+    ) -> Tensor:
+        """X `(T, in)`, down `(in, r)`, up `(r, out)`; keep `(T, in)` is 0 where x is dropped, else 1 / (1 - p)."""
+        read = x if keep is None else x * keep
+        low = read @ down
+        ctx.save_for_backward(read, low, weight, down, up, keep)
+        return linear(x, weight, bias).addmm_(low, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        read, low, weight, down, up, keep = ctx.saved_tensors
+        low_grad = grad @ up.t()
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad @ weight
+            if keep is None:
+                x_grad.addmm_(low_grad, down.t())
+            else:
+                x_grad.addcmul_(low_grad @ down.t(), keep)
+        return x_grad, None, None, read.t() @ low_grad, low.t() @ grad, None
+
+
+@dataclass
+class Trainable:
+    """The numbers of one fine-tune on an engine.
+
+    Args:
+        engine: Of the base, which it uses alone while it trains.
+        layout: The layers with LoRA.
+        scale: alpha / r.
+        dropout: Share of a LoRA's input that is dropped in training.
+        weights: `lora` (F,), laid out as an adapter's; and by name the weights of the stock head and of layers that
+            the base's files lack.
+    """
+
+    engine: Engine
+    layout: Layout
+    scale: float
+    dropout: float
+    weights: Weights
+    _scales: Tensor = field(init=False)
+    _parts: tuple[Tensor, ...] = field(init=False)
+    _kept: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        halves = [torch.tensor([1.0, self.scale]).repeat_interleave(torch.tensor([rank * n_in, rank * n_out]))
+                  for _name, rank, n_in, n_out in self.layout.layers]  # fmt: skip
+        self._scales = torch.cat(halves).to(self.engine.backbone.device)
+        for tensor in self.weights.values():
+            tensor.requires_grad_()
+        self.engine.attach(self.adapter(self.weights, ()))
+
+    @classmethod
+    def start(
+        cls, engine: Engine, rank: int, alpha: int, dropout: float, n_labels: int, probe: Probe | None, seed: int
+    ) -> "Trainable":
+        """A at random (He et al. 2015, as PEFT has it), B zero, the head as the probe has it, else zero."""
+        backbone, generator = engine.backbone, torch.Generator().manual_seed(seed)
+        layout = lora_layout(backbone, rank)
+        pieces = []
+        for _name, r, n_in, n_out in layout.layers:
+            down = torch.empty(r * n_in).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator)
+            pieces += [down, torch.zeros(r * n_out)]
+        head = {"weight": torch.zeros(n_labels, engine.head_width)}
+        if engine.head_has_bias:
+            head["bias"] = torch.zeros(n_labels)
+        if probe is not None:
+            head = {part: torch.from_numpy(getattr(probe, part)) for part in head}
+        weights = {LORA: torch.cat(pieces)} | {f"{backbone.head_name}.{part}": value for part, value in head.items()}
+        for name in backbone.fresh:
+            layer = backbone.model.get_submodule(name)
+            layer = getattr(layer, WRAPPED, layer)
+            weights |= {f"{name}.{part}": p.detach().float() for part, p in layer.named_parameters()}
+        weights = {name: tensor.to(backbone.device).clone() for name, tensor in weights.items()}
+        return cls(engine, layout, alpha / rank, dropout, weights)
+
+    def logits(self, ids: list[list[int]], generator: torch.Generator | None = None) -> Tensor:
+        """`(B, K)` of B texts, shortest first, with gradients; inside `engine.changed(self.change)`.
+
+        One draw of dropout serves a batch: each layer reads it from another place on.
+        """
+        base: Any = self.engine.backbone.model
+        dtype = base.dtype
+        self._parts = torch.split((self.weights[LORA] * self._scales).to(dtype), self.layout.sizes)
+        self._kept = None
+        if generator is not None and self.dropout:
+            widest = max(n_in for _name, _rank, n_in, _n_out in self.layout.layers)
+            # Room for the rows padded to the longest, and for each layer's own place to begin.
+            size = len(ids) * len(ids[-1]) * widest + _SHIFT * len(self.layout.layers)
+            kept = torch.empty(size).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
+            self._kept = kept.to(device=self.engine.backbone.device, dtype=dtype)
+        states = self.engine.head_states(ids)
+        return self._linear(self.engine.backbone.head_name, states)
+
+    def change(self, name: str, base: nn.Linear, x: Tensor) -> Tensor:
+        """What a wrapped layer computes in training."""
+        if name not in self.layout.places:
+            return self._linear(name, x.float()).to(x.dtype)
+        i, rank, n_in, n_out = self.layout.places[name]
+        part, flat = self._parts[i], x.flatten(0, -2)
+        keep = None
+        if self._kept is not None:
+            keep = self._kept[_SHIFT * i :][: flat.numel()].view_as(flat)
+        down, up = part[: rank * n_in].view(n_in, rank), part[rank * n_in :].view(rank, n_out)
+        y: Tensor = _LoraLinear.apply(flat, base.weight, base.bias, down, up, keep)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], n_out)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def adapter(self, weights: Mapping[str, Tensor], labels: tuple[str, ...], max_length: int = 0) -> Adapter:
+        """As serving holds it, of these weights."""
+        held, backbone = {name: tensor.detach() for name, tensor in weights.items()}, self.engine.backbone
+        head, *fresh = (Linear(held[f"{name}.weight"], held.get(f"{name}.bias"))
+                        for name in (backbone.head_name, *backbone.fresh))  # fmt: skip
+        linears = dict(zip(backbone.fresh, fresh, strict=True))
+        base: Any = self.engine.backbone.model
+        made = Adapter(labels, head, "head", max_length, held[LORA] * self._scales, self.layout, linears)
+        return made.to(self.engine.backbone.device, base.dtype)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor], alpha: int) -> None:
+        """PEFT's two files and the tokenizer: what stock PEFT needs on the stock base model."""
+        from peft import LoraConfig, TaskType
+
+        backbone, base = self.engine.backbone, self.engine.backbone.source.base
+        rank = self.layout.layers[0][1]
+        heads = [name for name in (*backbone.fresh, backbone.head_name) if name.split(".")[0] not in _PEFTS_OWN]
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=alpha, lora_dropout=self.dropout, inference_mode=True,
+            modules_to_save=[*heads, *_PEFTS_OWN], base_model_name_or_path=base.repo or base.name,
+            revision=backbone.source.revision,
+        )  # fmt: skip
+        # Written here: PEFT makes a set of the targets, which stands in another order in every process.
+        written = config.to_dict() | {"target_modules": backbone.attention_projections()}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        tensors = {name: tensor for name, tensor in weights.items() if name != LORA}
+        parts = torch.split(weights[LORA], self.layout.sizes)
+        for (name, r, n_in, n_out), numbers in zip(self.layout.layers, parts, strict=True):
+            tensors[f"{name}.lora_A.weight"] = numbers[: r * n_in].view(n_in, r).t()
+            tensors[f"{name}.lora_B.weight"] = numbers[r * n_in :].view(r, n_out).t()
+        named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+        backbone.tokenizer.save_pretrained(folder)
+
+
+def lora_layout(backbone: Backbone, rank: int) -> Layout:
+    """LoRA of one rank on the linear layers of the base's attention. Raises ModelUnavailable."""
+    layers = sorted(backbone.attention_layers().items())
+    return Layout(tuple((name, rank, layer.in_features, layer.out_features) for name, layer in layers))
