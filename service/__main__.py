@@ -1,4 +1,4 @@
-"""`python -P -m service serve | migrate | keys | pull | doctor`: what the `tuneproof` command starts."""
+"""`python -P -m service serve | migrate | keys | pull | merge | doctor`: what the `tuneproof` command starts."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import make_url
@@ -148,6 +149,14 @@ def pull_model(given: argparse.Namespace) -> int:
     return 0
 
 
+def merge_model(given: argparse.Namespace) -> int:
+    """Makes one stock model of a published adapter and its base."""
+    from service.ml.merge import merge
+
+    merge(given.folder, given.out, read_settings().models_dir)
+    return 0
+
+
 def _database() -> Database:
     """Brought up to date; named on standard error, as the default goes by the folder in which the command is run."""
     settings = read_settings()
@@ -188,6 +197,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("pull")
     verb.add_argument("name")
     verb.set_defaults(run=pull_model)
+    verb = verbs.add_parser("merge")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("out", type=Path)
+    verb.set_defaults(run=merge_model)
     return parser
 
 
