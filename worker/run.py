@@ -38,6 +38,7 @@ from service.ml.manifest import Manifest, sha256_of
 from service.ml.preflight import near_duplicates
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.bulk import Bulk
+from worker.card import write_card
 from worker.compare import COST_ORDER, MethodAnswers, compare_all, unproven
 from worker.learning_curve import TRAINED, LearningCurve, main_part
 from worker.methods.embedding_logreg import EmbeddingLogreg
@@ -233,7 +234,6 @@ class Experiment:
             self._say(f"{longer}; what lies beyond was not read.", "warning")
         self.lora = self._saved("lora", trained, self.out / "adapter", recipe.precision, on_progress)
         self._publish("lora", self.out / "adapter")
-        (self.out / MANIFEST).write_bytes((self.out / "adapter" / MANIFEST).read_bytes())
 
     def _saved(
         self, method: str, fitted: Saveable, folder: Path, precision: str, on_progress: OnProgress = silent
@@ -310,6 +310,10 @@ class Experiment:
             "spec": self.spec.model_dump(), "unproven": unproven(judged, comparisons),
         }  # fmt: skip
         (self.out / "report.html").write_text(render(metrics, summary, notes, changed), encoding="utf-8")
+        for model in self.models:
+            write_card(self.folder / model["folder"], metrics, summary, notes, self.ready.base)
+        if self.lora is not None:
+            (self.out / MANIFEST).write_bytes((self.out / "adapter" / MANIFEST).read_bytes())
         return summary
 
     def _untested(self) -> str:

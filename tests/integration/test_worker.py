@@ -721,7 +721,8 @@ def test_from_one_post_to_an_answer_of_predict(tmp_path: Path, tiny_models: Path
         }  # fmt: skip
         names = {artifact["name"] for artifact in job["artifacts"]}
         assert {"metrics.json", "predictions.csv", "split.csv", "report.html", "manifest.json",
-                "adapter/adapter_model.safetensors", "adapter/adapter_config.json"} <= names  # fmt: skip
+                "adapter/adapter_model.safetensors", "adapter/adapter_config.json",
+                "adapter/README.md"} <= names  # fmt: skip
         assert "auto" not in json.dumps({**job["spec"], "baseline": None})
         serving = Serving(client, tmp_path, tiny_models)
         for method in ("lora", "embedding_logreg"):
