@@ -1,11 +1,17 @@
-"""Models, what they are called, and what they say to texts; datasets beside them."""
+"""Models, what they are called, what they say to texts, and how they are taken elsewhere; datasets beside them."""
 
+import hashlib
 import json
 import os
+import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
+from enum import StrEnum
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -15,11 +21,13 @@ from typer.core import TyperGroup
 from tuneproof.commands.jobs import show_columns, show_started, watch_job
 from tuneproof.commands.options import EXIT_CODES, AliasName, ApiKey, AsJson, Limit, ModelId, ModelOrAlias, Url, connect
 from tuneproof.commands.show import err, out, plain_table, print_json, print_table, score
-from tuneproof.processes import become
+from tuneproof.errors import TuneproofError
+from tuneproof.processes import become, require_server, server_command
 from tuneproof.results import Answer, Prediction
 from tuneproof.sync.client import DEFAULT_URL
 
 TEXTS_PER_CALL = 128
+Format = StrEnum("Format", ["adapter", "merged"])
 PANEL = "Models and datasets"
 
 app = typer.Typer()
@@ -131,6 +139,49 @@ def list_models(
 def pull_model(name: Annotated[str, typer.Argument(help="A base model of the allow-list.")] = "qwen3-0.6b") -> None:
     """Fetch a base model's pinned revision from its hub into this machine's cache, and verify its hashes."""
     become("service", "pull", name)
+
+
+@app.command(rich_help_panel=PANEL, epilog=EXIT_CODES)
+def export(
+    model: ModelId,
+    form: Annotated[
+        Format, typer.Option("--format", help="Its own files, for PEFT; or merged into its base, for transformers.")
+    ] = Format.adapter,
+    output: Annotated[Path | None, typer.Option(file_okay=False, help="MODEL-FORMAT here by default.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Take a model elsewhere: into a folder that is new or empty. Merging needs the server's packages and the base."""
+    folder = output or Path(f"{model}-{form}")
+    if folder.exists() and any(folder.iterdir()):
+        raise typer.BadParameter(f"Expected a folder that is new or empty, found files in {folder}.")
+    if form is Format.merged:
+        require_server()
+    with connect(url, api_key) as client, TemporaryDirectory(dir=folder.parent, prefix=".export-") as place:
+        made = Path(place, "adapter")
+        _unpack(client.models.download(model, Path(place, "model.zip")), made)
+        if form is Format.merged:
+            adapter, made = made, Path(place, "merged")
+            if code := subprocess.call(server_command("service", "merge", str(adapter), str(made))):
+                if code < 0:
+                    err.print(f"Error: merging was ended by signal {-code}; it takes twice the base's size in memory.")
+                raise typer.Exit(128 - code if code < 0 else code)
+        made.rename(folder)
+    typer.echo(folder)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The files that the model's manifest names, if they are the ones that were published."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            hashes = json.loads(zipped.read("manifest.json"))["files"]
+            for name, sha256 in hashes.items():
+                if hashlib.sha256(zipped.read(name)).hexdigest() != sha256:
+                    raise ValueError(f"{name} is not the file that was published")
+            zipped.extractall(folder, ["manifest.json", *hashes])  # takes `..` and the like out of names
+    except (zipfile.BadZipFile, zlib.error, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        detail = f"What the server sent is no whole model ({error}). Nothing was written."
+        raise TuneproofError(None, "unexpected_answer", detail) from error
 
 
 @app.command(rich_help_panel=PANEL, epilog=EXIT_CODES)
