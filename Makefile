@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu acceptance calibrate check bench bench-gpu soak docs lock vendor
+.PHONY: help setup demo run test test-more test-gpu acceptance calibrate chaos check bench bench-gpu soak docs lock vendor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,7 +22,7 @@ run: setup ## Start the API and one worker on what is in ./data
 	@$(BIN)/tuneproof up
 
 test: setup ## The tests, in under five minutes on two cores
-	$(BIN)/pytest -m "not more and not gpu and not acceptance and not calibrate"
+	$(BIN)/pytest -m "not more and not gpu and not acceptance and not calibrate and not chaos"
 
 test-more: setup ## What is heavier, or needs servers or browsers
 	$(BIN)/pytest -m more
@@ -35,6 +35,9 @@ acceptance: setup ## The whole way on the real data sets, some twenty minutes; n
 
 calibrate: setup ## How often the verdict errs: a hundred seeds of chance, and of a gap that is there
 	$(BIN)/pytest -m calibrate -s
+
+chaos: setup ## Training killed at twenty random moments ends as if it had not been
+	$(BIN)/pytest -m chaos tests/integration/test_chaos.py
 
 check: setup ## Style, types, imports, migrations in step with the models, lines by room
 	$(BIN)/ruff check

@@ -14,12 +14,10 @@ Progress, events and the result go to standard output as JSON lines.
 import json
 import os
 import platform
-import signal
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +41,7 @@ from worker.compare import COST_ORDER, MethodAnswers, compare_all, unproven
 from worker.learning_curve import TRAINED, LearningCurve, main_part
 from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
-from worker.methods.lora import Lora
+from worker.methods.lora import CHECKPOINT_SECONDS, Lora
 from worker.methods.majority import Majority
 from worker.methods.prompts import USER_V1, PromptTemplate
 from worker.methods.protocol import OnProgress, Predictor, Rows, silent
@@ -56,6 +54,7 @@ from worker.prepare import NOT_PROMPTED, prepare
 from worker.progress import Reporter
 from worker.report import render
 from worker.saved import Saveable, Served, save_and_serve
+from worker.stop import Stop, Stopped
 from worker.verdict import judge
 
 if TYPE_CHECKING:
@@ -76,6 +75,7 @@ class JobFile:
         job_id: For the figures.
         models_dir: Folder of allowed local base models.
         serve_dtype: In which models are served here, and so scored.
+        checkpoint_seconds: At most so much training is lost with a process.
         endpoint: The `Endpoint` that the spec names, where it names one; the key is in the environment.
     """
 
@@ -85,14 +85,15 @@ class JobFile:
     job_id: str = "job_local"
     models_dir: str | None = None
     serve_dtype: str = "auto"
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
     endpoint: dict[str, Any] | None = None
 
 
 class Experiment:
     """A job under way."""
 
-    def __init__(self, folder: Path, reporter: Reporter) -> None:
-        self.folder, self.out, self.reporter = folder, folder / "out", reporter
+    def __init__(self, folder: Path, reporter: Reporter, stop: Stop | None = None) -> None:
+        self.folder, self.out, self.reporter, self.stop = folder, folder / "out", reporter, stop or Stop()
         self.job = JobFile(**json.loads((folder / "job.json").read_text(encoding="utf-8")))
         self.device = pick_device()
         self.messages: list[str] = []
@@ -222,10 +223,15 @@ class Experiment:
 
     def _fine_tune(self) -> None:
         recipe = LoraRecipe.of(self.spec.train, self.spec.seed)
-        lora = Lora(self.base, recipe, self.folder / "checkpoints", self.reporter.checkpoint, self.reporter.event)
+        lora = Lora(
+            self.base, recipe, self.folder / "checkpoints", self.reporter.checkpoint, self.reporter.event,
+            self.job.checkpoint_seconds, self.stop,
+        )  # fmt: skip
         on_progress = self.reporter.part(0.0, main_part(self.spec.learning_curve))
         trained = lora.fit(self.train, self.validation, on_progress)
         self.training = trained.facts()
+        lines = "".join(json.dumps(told) + "\n" for told in trained.state.log)
+        (self.out / "training_log.jsonl").write_text(lines, encoding="utf-8")
         checkpointing = {"gradient_checkpointing": trained.state.gradient_checkpointing}
         self.spec = self.spec.model_copy(update={"train": self.spec.train.model_copy(update=checkpointing)})
         self.reporter.spec(self.spec.model_dump())
@@ -370,17 +376,10 @@ def _brief(parts: dict[str, Any]) -> dict[str, Any]:
     return {"accuracy": parts[on]["accuracy"], "macro_f1": parts[on]["macro_f1"], "on": on, "model_id": None}
 
 
-class _Stopped(BaseException):
-    """SIGTERM: leave whatever is being done. The last whole checkpoint stays."""
-
-
-def _stop(_signal: int, _frame: FrameType | None) -> None:
-    raise _Stopped
-
-
 def main(arguments: list[str]) -> int:
     """`python -m worker.run FOLDER`. Gives the exit status: 0 done, 1 failed, 75 stopped."""
-    signal.signal(signal.SIGTERM, _stop)
+    stop = Stop()
+    stop.listen()
     transformers_logging.set_verbosity_error()  # that a fresh head is missing from the checkpoint is no news
     transformers_logging.disable_progress_bar()
     # Libraries print where they like; standard output belongs to the messages alone.
@@ -389,8 +388,8 @@ def main(arguments: list[str]) -> int:
     folder, reporter = Path(arguments[0]), Reporter(messages)
     spec = json.loads((folder / "job.json").read_text(encoding="utf-8")).get("spec", {})
     try:
-        (Bulk if spec.get("kind") == "predict" else Experiment)(folder, reporter).run()
-    except _Stopped:
+        Bulk(folder, reporter).run() if spec.get("kind") == "predict" else Experiment(folder, reporter, stop).run()
+    except Stopped:
         return STOPPED
     except (torch.OutOfMemoryError, MemoryError):
         reporter.error(OutOfMemory.code, "The job does not fit into the device's memory.", "Lower train.batch_size.")

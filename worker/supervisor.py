@@ -152,6 +152,7 @@ class Attempt:
             "dataset": known | {"warnings": profile["warnings"]},
             "models_dir": str(models_dir.absolute()) if models_dir else None,
             "serve_dtype": self.settings.serve_dtype,
+            "checkpoint_seconds": self.settings.checkpoint_seconds,
             "endpoint": endpoint.as_json() if endpoint else None,
         }
         (self.place / "job.json").write_text(json.dumps(job), encoding="utf-8")

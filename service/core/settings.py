@@ -63,6 +63,9 @@ class Settings(BaseSettings):
     )
 
     lease_seconds: Annotated[float, Field(ge=2, description="How long a silent worker keeps its job.")] = 60.0
+    checkpoint_seconds: Annotated[
+        float, Field(gt=0, description="How much training at most is done again where a worker was lost.")
+    ] = 60.0
     max_attempts: Annotated[int, Field(ge=1, description="Lost attempts after which a job is `worker_lost`.")] = 3
     poll_seconds: Annotated[float, Field(gt=0, le=60, description="How often an idle worker asks for work.")] = 1.0
     delete_grace_seconds: Annotated[

@@ -1,7 +1,13 @@
 """Which device to compute on, and in which precision."""
 
+import json
+import os
+import platform
+import tempfile
 import timeit
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -39,12 +45,43 @@ def serving_precision(device: torch.device, asked: str = "auto") -> Precision:
 
 
 @cache
-def bf16_pays_on_cpu(at_least: float = 1.2) -> bool:
-    """Whether this CPU multiplies bf16 measurably faster than fp32, at the shapes of a small transformer."""
+def bf16_pays_on_cpu() -> bool:
+    """Whether this CPU multiplies bf16 measurably faster than fp32, at the shapes of a small transformer.
+
+    Measured once for a CPU and a version of torch, and kept in the user's cache folder: another answer tomorrow would
+    be other predictions.
+    """
     capable = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None)
     if not any(ask() for ask in capable if ask is not None):
         return False
-    return _matmul_seconds(torch.float32) > at_least * _matmul_seconds(torch.bfloat16)
+    told, key = _kept_measures(), f"{_cpu_name()}, torch {torch.__version__}"
+    if key not in told:
+        told[key] = _matmul_seconds(torch.float32) > 1.2 * _matmul_seconds(torch.bfloat16)
+        with suppress(OSError, RuntimeError):  # no home that can be written to: every process measures
+            file = _measures_file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:
+                json.dump(told, partial)
+            Path(partial.name).replace(file)
+    return told[key]
+
+
+def _measures_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "tuneproof", "bf16-pays.json")
+
+
+def _kept_measures() -> dict[str, bool]:
+    with suppress(OSError, ValueError, RuntimeError):
+        found = json.loads(_measures_file().read_text(encoding="utf-8"))
+        return {str(name): bool(pays) for name, pays in found.items()} if isinstance(found, dict) else {}
+    return {}
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return platform.processor()
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:

@@ -26,6 +26,7 @@ from worker.methods.protocol import OnProgress, Rows, silent
 from worker.methods.recipe import LoraRecipe
 from worker.methods.trainable import Trainable, Weights
 from worker.methods.training import LABEL_SMOOTHING, OnEvent, Run
+from worker.stop import Stop, Stopped
 
 LOSS_EVENTS = 200  # of a whole run, so that a curve can be drawn while it grows
 CHECKPOINT_SECONDS = 60.0
@@ -87,10 +88,9 @@ class Trained:
 
 @dataclass
 class Lora:
-    """Fine-tunes, resuming from the newest checkpoint in `checkpoints`, where one is left every `checkpoint_seconds`.
+    """Fine-tunes, from the newest checkpoint in `checkpoints` on, where one is left every `checkpoint_seconds`.
 
-    Args:
-        stopping: Asked after each step: whether to leave a checkpoint and raise `Stopped`.
+    Told to `stop` while it trains, it leaves one too.
     """
 
     base: FrozenBase
@@ -99,6 +99,7 @@ class Lora:
     on_checkpoint: Callable[[Path], None] = lambda _path: None
     on_event: OnEvent = lambda _type, _message, _data: None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+    stop: Stop = field(default_factory=Stop)
     _device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,6 +110,7 @@ class Lora:
 
         Raises:
             OutOfMemory: a single text does not fit even with gradient checkpointing.
+            Stopped: it was told to.
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -122,7 +124,8 @@ class Lora:
             self._engine(), recipe.rank, recipe.alpha, recipe.dropout, len(train.labels), probe, recipe.seed
         )
         run = Run(trainable, recipe, train, validation, resumed, self.on_event)
-        self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
+        with self.stop.waits():
+            self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
         return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(self._device))
 
@@ -150,12 +153,17 @@ class Lora:
                     # Read from the device now and then only: each time waits for all work sent to it.
                     self._tell_loss(run, float(torch.stack(recent).mean()))
                     recent = []
-                if time.monotonic() - saved >= self.checkpoint_seconds:
-                    self.on_checkpoint(run.checkpoint().save(self.checkpoints, run.steps_done))
-                    saved = time.monotonic()
+                if self.stop.asked or time.monotonic() - saved >= self.checkpoint_seconds:
+                    saved = self._save(run)
             self._judge(run)
-            self.on_checkpoint(run.checkpoint().save(self.checkpoints, run.steps_done))
-            saved = time.monotonic()
+            saved = self._save(run)
+
+    def _save(self, run: Run) -> float:
+        """Leaves a checkpoint; gives the time. Raises Stopped."""
+        self.on_checkpoint(run.checkpoint().save(self.checkpoints, run.steps_done))
+        if self.stop.asked:
+            raise Stopped
+        return time.monotonic()
 
     def _judge(self, run: Run) -> None:
         macro_f1, loss = run.validate()

@@ -42,7 +42,7 @@ class _LoraLinear(torch.autograd.Function):
         return linear(x, weight, bias).addmm_(low, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         read, low, weight, down, up, keep = ctx.saved_tensors
         low_grad = grad @ up.t()
         x_grad = None

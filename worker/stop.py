@@ -1,0 +1,35 @@
+"""SIGTERM: what is being done ends, at once, or where it can be gone on from."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(BaseException):
+    """The process was told to stop. The last whole checkpoint stays."""
+
+
+class Stop:
+    """Whether to stop, and whether that can wait for the end of a step."""
+
+    asked = False
+    _waits = False
+
+    def listen(self) -> None:
+        """From here on SIGTERM raises `Stopped`, wherever the process is."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """Meanwhile it does not: whoever enters this looks at `asked`, and raises."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
+    def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        if not self._waits:
+            raise Stopped
