@@ -6,6 +6,7 @@ The rows of a batch are laid end to end (`packed`), each wrapped layer adds what
 
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,9 +42,8 @@ Change = Callable[[str, nn.Linear, Tensor], Tensor]
 log = logging.getLogger("tuneproof.engine")
 
 
-@dataclass
-class _Flight:
-    """The batch that the model is computing."""
+class _Flight(threading.local):
+    """The batch that the model is computing, by thread: training computes several parts of one at once."""
 
     rows: Rows | None = None
     mixture: Mixture | None = None
@@ -192,18 +192,15 @@ class Engine:
 
     @contextmanager
     def changed(self, change: Change) -> Iterator[None]:
-        """Until it ends, `change` computes the layers that were attached: training's own.
+        """Until it ends, `change` computes the layers that were attached, in this thread: training's own.
 
         Backward passes belong inside, since gradient checkpointing computes layers again.
         """
-        model: Any = self.backbone.model
         self._flight.change = change
-        model.train(model.is_gradient_checkpointing)  # transformers checkpoints no other; the base's dropouts are all 0
         try:
             yield
         finally:
             self._flight.change = None
-            model.eval()
 
     def head_states(self, ids: Sequence[list[int]]) -> Tensor:
         """`(B, H')` of B texts, shortest first: what the stock head sees, float32, with gradients."""

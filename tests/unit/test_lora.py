@@ -157,7 +157,7 @@ def test_dropout_takes_its_share_and_keeps_the_mean(tiny_models):
     ids = sorted(encode(engine.backbone.tokenizer, TRAIN.texts, MAX_LENGTH).ids, key=len)
     with engine.changed(ours.change):
         ours.logits(ids, torch.Generator().manual_seed(1))
-    kept = ours._kept
+    kept = ours._at_hand.kept
     assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
     assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     assert float(kept.mean()) == pytest.approx(1, abs=0.02)

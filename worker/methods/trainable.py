@@ -4,6 +4,7 @@ The frozen model runs in the engine, as it does in serving; here is what its wra
 """
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,13 @@ class _LoraLinear(torch.autograd.Function):
         return x_grad, None, None, read.t() @ low_grad, low.t() @ grad, None
 
 
+class _AtHand(threading.local):
+    """Of the rows that a thread computes: LoRA by layer in the base's precision, and what dropout keeps."""
+
+    parts: tuple[Tensor, ...] = ()
+    kept: Tensor | None = None
+
+
 @dataclass
 class Trainable:
     """The numbers of one fine-tune on an engine.
@@ -74,8 +82,7 @@ class Trainable:
     dropout: float
     weights: Weights
     _scales: Tensor = field(init=False)
-    _parts: tuple[Tensor, ...] = field(init=False)
-    _kept: Tensor | None = field(default=None, init=False)
+    _at_hand: _AtHand = field(default_factory=_AtHand, init=False)
 
     def __post_init__(self) -> None:
         halves = [torch.tensor([1.0, self.scale]).repeat_interleave(torch.tensor([rank * n_in, rank * n_out]))
@@ -116,14 +123,14 @@ class Trainable:
         """
         base: Any = self.engine.backbone.model
         dtype = base.dtype
-        self._parts = torch.split((self.weights[LORA] * self._scales).to(dtype), self.layout.sizes)
-        self._kept = None
+        self._at_hand.parts = torch.split((self.weights[LORA] * self._scales).to(dtype), self.layout.sizes)
+        self._at_hand.kept = None
         if generator is not None and self.dropout:
             widest = max(n_in for _name, _rank, n_in, _n_out in self.layout.layers)
             # Room for the rows padded to the longest, and for each layer's own place to begin.
             size = len(ids) * len(ids[-1]) * widest + _SHIFT * len(self.layout.layers)
             kept = torch.empty(size).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
-            self._kept = kept.to(device=self.engine.backbone.device, dtype=dtype)
+            self._at_hand.kept = kept.to(device=self.engine.backbone.device, dtype=dtype)
         states = self.engine.head_states(ids)
         return self._linear(self.engine.backbone.head_name, states)
 
@@ -132,10 +139,10 @@ class Trainable:
         if name not in self.layout.places:
             return self._linear(name, x.float()).to(x.dtype)
         i, rank, n_in, n_out = self.layout.places[name]
-        part, flat = self._parts[i], x.flatten(0, -2)
+        part, flat = self._at_hand.parts[i], x.flatten(0, -2)
         keep = None
-        if self._kept is not None:
-            keep = self._kept[_SHIFT * i :][: flat.numel()].view_as(flat)
+        if self._at_hand.kept is not None:
+            keep = self._at_hand.kept[_SHIFT * i :][: flat.numel()].view_as(flat)
         down, up = part[: rank * n_in].view(n_in, rank), part[rank * n_in :].view(rank, n_out)
         y: Tensor = _LoraLinear.apply(flat, base.weight, base.bias, down, up, keep)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], n_out)

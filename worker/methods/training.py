@@ -2,7 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from service.core.errors import OutOfMemory
-from service.ml.encode import encode, token_batches
+from service.ml.encode import encode
 from service.ml.engine import TOKEN_BUDGET
 from worker.methods.checkpoint import Checkpoint, TrainingState, optimizer_tensors, restore_optimizer
 from worker.methods.protocol import Rows
@@ -27,6 +29,7 @@ MAX_GRADIENT_NORM = 1.0
 # Of the moving average of the weights, which is what is judged and kept: on BANKING77 its validation macro-F1 stood
 # about 0.01 above the last step's in the middle of training. Shorter while little has been averaged.
 AVERAGE_DECAY = 0.997
+LEAST_TOKENS = 128  # of a batch, for each part of it that a thread of its own computes
 
 OnEvent = Callable[[str, str, dict[str, Any]], None]
 """Called with an event's type, message and data."""
@@ -56,6 +59,10 @@ class Run:
             list(trainable.weights.values()), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY,
             fused=self.device.type in ("cpu", "cuda"),
         )  # fmt: skip
+        self._threads = torch.get_num_threads()
+        a_batch = float(self.lengths.mean()) * recipe.batch_size
+        self._workers = int(np.clip(a_batch // LEAST_TOKENS, 1, self._threads)) if self.device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
         self.state = resumed.state if resumed else TrainingState(asdict(recipe))
         self.best = resumed.best if resumed else self.weights()
         average = resumed.average if resumed else self.weights()
@@ -83,7 +90,29 @@ class Run:
         """The steps of the epoch at hand that are still to do; gives each one's loss when it is done."""
         rng = np.random.default_rng([self.recipe.seed, self.state.epoch + 1])
         batches = list(epoch_batches(self.lengths, self.recipe.batch_size, rng))
-        for rows in batches[self.state.step :]:
+        with self._side_by_side():
+            yield from self._steps(batches[self.state.step :])
+        self.state.epoch, self.state.step = self.state.epoch + 1, 0
+
+    @contextmanager
+    def _side_by_side(self) -> Iterator[None]:
+        """Parts of a batch on cores of their own: the threads of one product wait for each other at every one.
+
+        With two cores it is a fifth faster, and where somebody else wants one of them five times.
+        """
+        if self._workers == 1:
+            yield
+            return
+        each = self._threads // self._workers
+        try:
+            with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(each,)) as self._pool:
+                yield
+        finally:
+            self._pool = None
+            torch.set_num_threads(self._threads)
+
+    def _steps(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+        for rows in batches:
             start = time.perf_counter()
             rate = self.learning_rate(self.steps_done + 1)
             for group in self.optimizer.param_groups:
@@ -95,7 +124,6 @@ class Run:
             self.state.train_seconds += time.perf_counter() - start
             self.state.train_tokens += int(self.lengths[rows].sum())
             yield loss
-        self.state.epoch, self.state.step = self.state.epoch + 1, 0
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero."""
@@ -157,21 +185,42 @@ class Run:
 
     def _step(self, rows: NDArray[np.int64]) -> Tensor:
         """The batch's mean loss. Its rows go by in parts that fit the token budget; gradients add up."""
-        targets, total = self.targets[rows], torch.zeros((), device=self.device)
-        whole = self._of_label[targets].sum().clamp_min(1e-12)
-        place = np.random.default_rng([self.recipe.seed, 0, self.steps_done])
-        dropped = torch.Generator().manual_seed(int(place.integers(2**63)))
-        self.optimizer.zero_grad(set_to_none=True)
-        budget, most = TOKEN_BUDGET.get(self.device.type, 4096), self.state.rows_at_once or len(rows)
-        with self.trainable.engine.changed(self.trainable.change):
-            for part in token_batches(self.lengths[rows], budget, most):
-                logits = self.trainable.logits([self.encoded.ids[i] for i in rows[part]], dropped)
-                loss = self._loss(logits, targets[part]) / whole
-                loss.backward()
-                total += loss.detach()
-        nn.utils.clip_grad_norm_(self.trainable.weights.values(), MAX_GRADIENT_NORM)
+        parts = self._parts(self.lengths[rows])
+        whole = self._of_label[self.targets[rows]].sum().clamp_min(1e-12)
+        weights = list(self.trainable.weights.values())
+        place = [self.recipe.seed, 0, self.steps_done]
+
+        def of_part(number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+            chosen = rows[parts[number]]
+            drawn = torch.Generator().manual_seed(int(np.random.default_rng([*place, number]).integers(2**63)))
+            with self.trainable.engine.changed(self.trainable.change):
+                logits = self.trainable.logits([self.encoded.ids[i] for i in chosen], drawn)
+                loss = self._loss(logits, self.targets[chosen]) / whole
+                return loss.detach(), torch.autograd.grad(loss, weights)
+
+        self._model.train(self.state.gradient_checkpointing)  # transformers asks; every dropout of the base is 0
+        total = torch.zeros((), device=self.device)
+        sums = [torch.zeros_like(weight) for weight in weights]
+        try:
+            # Added up in order, so that the sum is the same whoever was first.
+            for loss, gradients in (self._pool.map if self._pool else map)(of_part, range(len(parts))):
+                total += loss
+                for summed, gradient in zip(sums, gradients, strict=True):
+                    summed += gradient
+        finally:
+            self._model.eval()
+        for weight, summed in zip(weights, sums, strict=True):
+            weight.grad = summed
+        nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
         self.optimizer.step()
         return total
+
+    def _parts(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Positions of rows, shortest first, in parts of about equally many tokens."""
+        n_rows, budget = len(lengths), TOKEN_BUDGET.get(self.device.type, 4096)
+        n = max(self._workers, -(-int(lengths.sum()) // budget), -(-n_rows // (self.state.rows_at_once or n_rows)))
+        order, n = np.argsort(lengths, kind="stable"), min(n, n_rows)
+        return [order[i::n] for i in range(n)]
 
 
 def epoch_batches(lengths: NDArray[np.int64], batch_size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
