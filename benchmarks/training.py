@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,16 @@ def quality_measures(data: Path, given: argparse.Namespace, folder: Path) -> lis
         whole = opened(files["banking77"], seed=seed, **short)
         of_a_row = notebook_seconds(whole.ready.base.folder, labelled(whole), steps=2 if given.quick else 9)
         notebook = of_a_row * len(whole.train.texts) * EPOCHS
-        found = quality(lambda seed=seed: opened(files["banking77"], seed=seed, **short), TARGET)  # type: ignore[misc]
+        found = quality(partial(opened, files["banking77"], seed=seed, **short), TARGET)
         taken["time"].append(notebook / found.reached)
         taken["seconds"].append(found.seconds)
         taken["seconds_to_0.918"].append(found.reached)
         taken["accuracy"].append(found.lora)
         taken["over"].append(found.lora - found.probe)
-        few = quality(lambda seed=seed, whole=whole: few_shot(whole, PER_LABEL, seed, folder))  # type: ignore[misc]
+        few = quality(partial(few_shot, whole, PER_LABEL, seed, folder))
         taken["few"].append(few.lora - few.probe)
         for name in ("sms_spam", "example"):
-            other = quality(lambda name=name, seed=seed: opened(required(files[name]), seed=seed, **short))  # type: ignore[misc]
+            other = quality(partial(opened, required(files[name]), seed=seed, **short))
             taken[name].append(other.lora - other.probe)
             taken[f"{name}_accuracy"].append(other.lora)
         print(f"split seed {seed}:", {name: round(values[-1], 4) for name, values in taken.items()}, flush=True)

@@ -131,6 +131,7 @@ def test_make_lists_its_targets() -> None:
         "bench",
         "vendor",
         "bench-gpu",
+        "verify-f2llm",
         "soak",
         "docs",
         "lock",
