@@ -28,8 +28,9 @@ from service.ml.engine import Engine  # noqa: E402
 from worker.methods.checkpoint import Checkpoint  # noqa: E402
 from worker.methods.embedding_logreg import EmbeddingLogreg  # noqa: E402
 from worker.methods.frozen import FrozenBase  # noqa: E402
-from worker.methods.lora import Lora, LoraRecipe, Trained  # noqa: E402
+from worker.methods.lora import Lora, Trained  # noqa: E402
 from worker.methods.protocol import Rows  # noqa: E402
+from worker.methods.recipe import LoraRecipe  # noqa: E402
 from worker.prepare import Prepared, prepare  # noqa: E402
 
 
@@ -134,17 +135,11 @@ def quality(open_case: Callable[[], Case], target: float = 1.0) -> Quality:
         for at, path in written:
             if at >= reached:
                 break
-            _load_best(trained, path)
+            trained.weights = Checkpoint.load(path).best
             if _accuracy(trained.logits(case.test.texts), case.test) >= target:
                 reached = at
     probe = EmbeddingLogreg(base).fit(case.train, case.validation)
     return Quality(lora, _accuracy(probe.logits(case.test.texts), case.test), reached, seconds)
-
-
-def _load_best(trained: Trained, checkpoint: Path) -> None:
-    parameters = dict(trained.model.named_parameters())
-    for name, tensor in Checkpoint.load(checkpoint).best.items():
-        parameters[name].data.copy_(tensor)
 
 
 def _accuracy(logits: Any, rows: Rows) -> float:

@@ -28,9 +28,10 @@ from service.ml.engine import Engine
 from service.ml.labels import LabelSet
 from service.ml.manifest import Manifest
 from worker.methods.frozen import FrozenBase
-from worker.methods.lora import Lora, LoraRecipe, Trained
+from worker.methods.lora import Lora, Trained
 from worker.methods.prompts import PromptTemplate
 from worker.methods.protocol import Rows
+from worker.methods.recipe import LoraRecipe
 from worker.methods.zero_shot import Prompted, PromptedModel
 
 SAID = {
