@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoModelForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
 
-from service.core.errors import ModelUnavailable
+from service.core.errors import ModelUnavailable, OutOfMemory
 from service.core.spec import TrainSpec, auto_epochs
 from service.ml.adapter import WEIGHTS
 from service.ml.backbone import load_backbone
@@ -284,6 +284,61 @@ def test_labels_that_stand_in_no_train_row_and_balanced_weights_train_without_na
     assert logits.shape == (24, 4)
     assert np.isfinite(logits).all()
     assert np.isfinite([epoch["train_loss"] for epoch in trained.state.history[1:]]).all()
+
+
+# Memory ---------------------------------------------------------------------------------------------
+
+
+class Device:
+    """Has room for so many rows at a time, and for one more once activations are not kept."""
+
+    def __init__(self, monkeypatch, room):
+        logits = Trainable.logits
+
+        def tight(trainable, ids, drawn=None):
+            if len(ids) > room + trainable.engine.backbone.model.is_gradient_checkpointing:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return logits(trainable, ids, drawn)
+
+        monkeypatch.setattr(Trainable, "logits", tight)
+
+
+def lora_that_tells(models_dir, tmp_path, **changes):
+    events = []
+    recipe_ = recipe(**{"epochs": 1, "dropout": 0.0, **changes})
+    return Lora(frozen(models_dir, BERT), recipe_, tmp_path, on_event=lambda *told: events.append(told)), events
+
+
+def test_where_memory_runs_out_fewer_rows_are_computed_at_a_time_and_the_result_is_the_same(
+    tiny_models, tmp_path, monkeypatch
+):
+    lora, _ = lora_that_tells(tiny_models, tmp_path / "a")
+    whole = lora.fit(TRAIN, VALIDATION)
+    Device(monkeypatch, room=5)
+    lora, events = lora_that_tells(tiny_models, tmp_path / "b")
+    tight = lora.fit(TRAIN, VALIDATION)
+    assert tight.state.rows_at_once == 4
+    assert tight.state.gradient_checkpointing is False
+    messages = [message for kind, message, _data in events if kind == "message"]
+    assert [message.split()[5] for message in messages] == ["8", "4"]
+    np.testing.assert_allclose(tight.logits(VALIDATION.texts), whole.logits(VALIDATION.texts), atol=1e-3)
+
+
+def test_where_not_even_one_row_fits_activations_are_computed_twice(tiny_models, tmp_path, monkeypatch):
+    Device(monkeypatch, room=0)
+    lora, events = lora_that_tells(tiny_models, tmp_path, gradient_checkpointing=None)
+    trained = lora.fit(TRAIN, VALIDATION)
+    assert trained.facts()["gradient_checkpointing"] is True
+    assert trained.state.rows_at_once == 1
+    assert any("computed twice" in message for _kind, message, _data in events)
+
+
+@pytest.mark.parametrize(("checkpointing", "room"), [(False, 0), (None, -1)])
+def test_what_does_not_fit_at_all_fails_with_its_length(tiny_models, tmp_path, monkeypatch, checkpointing, room):
+    Device(monkeypatch, room)
+    lora, _ = lora_that_tells(tiny_models, tmp_path, gradient_checkpointing=checkpointing)
+    with pytest.raises(OutOfMemory, match=r"One text of up to \d+ tokens does not fit"):
+        lora.fit(TRAIN, VALIDATION)
 
 
 # Stopped and resumed -------------------------------------------------------------------------------
