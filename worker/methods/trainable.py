@@ -26,36 +26,6 @@ _PEFTS_OWN = ("classifier", "score")  # it trains and saves modules of these nam
 _SHIFT = 8191  # a prime: no two layers drop the same places
 
 
-class _LoraLinear(torch.autograd.Function):
-    """y = W x + b + B A d(x), with A and B in the frozen W's precision, and gradients for x, A and B alone.
-
-    One node in place of PEFT's dozen, which keep float32 copies of every layer's input.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, keep: Tensor | None
-    ) -> Tensor:
-        """X `(T, in)`, down `(in, r)`, up `(r, out)`; keep `(T, in)` is 0 where x is dropped, else 1 / (1 - p)."""
-        read = x if keep is None else x * keep
-        low = read @ down
-        ctx.save_for_backward(read, low, weight, down, up, keep)
-        return linear(x, weight, bias).addmm_(low, up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, low, weight, down, up, keep = ctx.saved_tensors
-        low_grad = grad @ up.t()
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = grad @ weight
-            if keep is None:
-                x_grad.addmm_(low_grad, down.t())
-            else:
-                x_grad.addcmul_(low_grad @ down.t(), keep)
-        return x_grad, None, None, read.t() @ low_grad, low.t() @ grad, None
-
-
 class _AtHand(threading.local):
     """Of the rows that a thread computes: LoRA by layer in the base's precision, and what dropout keeps."""
 
@@ -140,11 +110,12 @@ class Trainable:
             return self._linear(name, x.float()).to(x.dtype)
         i, rank, n_in, n_out = self.layout.places[name]
         part, flat = self._at_hand.parts[i], x.flatten(0, -2)
-        keep = None
+        read = flat
         if self._at_hand.kept is not None:
-            keep = self._at_hand.kept[_SHIFT * i :][: flat.numel()].view_as(flat)
+            read = flat * self._at_hand.kept[_SHIFT * i :][: flat.numel()].view_as(flat)
         down, up = part[: rank * n_in].view(n_in, rank), part[rank * n_in :].view(rank, n_out)
-        y: Tensor = _LoraLinear.apply(flat, base.weight, base.bias, down, up, keep)  # type: ignore[no-untyped-call]
+        # In the base's precision: PEFT keeps a float32 copy of every layer's input.
+        y: Tensor = base(flat).addmm_(read @ down, up)
         return y.view(*x.shape[:-1], n_out)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class Run:
             for loss, gradients in (self._pool.map if self._pool else map)(of_part, range(len(parts))):
                 total += loss
                 for summed, gradient in zip(sums, gradients, strict=True):
-                    summed += gradient
+                    summed.add_(gradient)
         finally:
             self._model.eval()
         for weight, summed in zip(weights, sums, strict=True):
