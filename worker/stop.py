@@ -22,12 +22,14 @@ class Stop:
 
     @contextmanager
     def waits(self) -> Iterator[None]:
-        """Meanwhile it does not: whoever enters this looks at `asked`, and raises."""
+        """Meanwhile it does not: whoever enters this looks at `asked`, and ends. Raises Stopped at the end."""
         self._waits = True
         try:
             yield
         finally:
             self._waits = False
+        if self.asked:
+            raise Stopped
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
         self.asked = True

@@ -42,13 +42,20 @@ Change = Callable[[str, nn.Linear, Tensor], Tensor]
 log = logging.getLogger("tuneproof.engine")
 
 
-class _Flight(threading.local):
-    """The batch that the model is computing, by thread: training computes several parts of one at once."""
+class _Flight:
+    """The batch that the model is computing."""
 
     rows: Rows | None = None
     mixture: Mixture | None = None
     hidden: Tensor | None = None
     change: Change | None = None
+
+
+class _FlightByThread(threading.local, _Flight):
+    """On a CPU training computes parts of a batch at once, each with its backward pass in a thread of its own.
+
+    Elsewhere it does not, and torch goes backwards in threads that are nobody's.
+    """
 
 
 class _AdaptedLinear(nn.Module):
@@ -102,7 +109,7 @@ class Engine:
     def __init__(self, backbone: Backbone) -> None:
         """Takes the backbone over: its own head is cut off, so the stock model returns the states that head sees."""
         self.backbone = backbone
-        self._flight = _Flight()
+        self._flight = _FlightByThread() if backbone.device.type == "cpu" else _Flight()
         self._wrapped: set[str] = set()
         self._fitting: set[object] = set()
         head = _linear(backbone.model, backbone.head_name)

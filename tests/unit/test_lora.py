@@ -26,6 +26,7 @@ from worker.methods.protocol import Rows
 from worker.methods.recipe import LoraRecipe, auto_learning_rate
 from worker.methods.trainable import LORA, Trainable, lora_layout
 from worker.methods.training import Run, epoch_batches
+from worker.stop import Stop, Stopped
 
 CPU = torch.device("cpu")
 MAX_LENGTH = 24
@@ -400,6 +401,33 @@ def test_a_checkpoint_half_written_when_the_machine_stopped_is_passed_over(tiny_
     assert found.state.epoch == 1
     trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1, on_checkpoint=kill)  # nothing left to train
     assert trained.state.epoch == 1
+
+
+def test_checkpoints_of_another_recipe_do_not_outlive_its_own(tiny_models, tmp_path):
+    fine_tune(frozen(tiny_models, BERT), tmp_path, epochs=4)
+    fine_tune(frozen(tiny_models, BERT), tmp_path, epochs=1, seed=8)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_a_run_told_to_stop_between_two_steps_leaves_a_checkpoint_and_goes_on_from_it(tiny_models, tmp_path):
+    whole = fine_tune(frozen(tiny_models, BERT), tmp_path / "whole")
+    stop, saved = Stop(), []
+
+    def asked(_kind, _message, data):
+        stop.asked = data["epoch"] == pytest.approx(1 / 3)
+
+    lora = Lora(frozen(tiny_models, BERT), recipe(), tmp_path / "checkpoints", saved.append, asked, stop=stop)
+    with pytest.raises(Stopped):
+        lora.fit(TRAIN, VALIDATION)
+    assert [path.name for path in saved] == ["step-1"]
+    resumed = fine_tune(frozen(tiny_models, BERT), tmp_path)
+    np.testing.assert_array_equal(resumed.logits(VALIDATION.texts), whole.logits(VALIDATION.texts))
+
+
+def test_a_run_told_to_stop_at_its_very_end_still_stops():
+    stop = Stop()
+    with pytest.raises(Stopped), stop.waits():
+        stop._on_signal(15, None)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_models, tmp_path):

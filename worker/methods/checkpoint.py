@@ -94,6 +94,13 @@ def newest(folder: Path, recipe: dict[str, Any]) -> Checkpoint | None:
     return None
 
 
+def discard(folder: Path, *, beyond: int) -> None:
+    """Deletes what later steps or other recipes have left: by their numbers they would be the newest."""
+    for path in folder.glob("step-*"):
+        if path.suffix == _PARTIAL or _number(path) > beyond:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _result_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe decides the result: not gradient checkpointing, which is `auto` until training has ended."""
     return recipe | {"gradient_checkpointing": None}

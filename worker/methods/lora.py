@@ -20,7 +20,7 @@ from service.ml.device import DTYPES
 from service.ml.encode import encode
 from service.ml.engine import Engine
 from service.ml.manifest import States
-from worker.methods.checkpoint import TrainingState, newest
+from worker.methods.checkpoint import TrainingState, discard, newest
 from worker.methods.frozen import FrozenBase, fit_probe
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.methods.recipe import LoraRecipe
@@ -124,6 +124,7 @@ class Lora:
             self._engine(), recipe.rank, recipe.alpha, recipe.dropout, len(train.labels), probe, recipe.seed
         )
         run = Run(trainable, recipe, train, validation, resumed, self.on_event)
+        discard(self.checkpoints, beyond=run.steps_done if resumed else -1)
         with self.stop.waits():
             self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
@@ -153,7 +154,8 @@ class Lora:
                     # Read from the device now and then only: each time waits for all work sent to it.
                     self._tell_loss(run, float(torch.stack(recent).mean()))
                     recent = []
-                if self.stop.asked or time.monotonic() - saved >= self.checkpoint_seconds:
+                due = self.stop.asked or time.monotonic() - saved >= self.checkpoint_seconds
+                if due and step < run.steps_per_epoch:  # at its end there is one all the same
                     saved = self._save(run)
             self._judge(run)
             saved = self._save(run)

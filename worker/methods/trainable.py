@@ -26,11 +26,15 @@ _PEFTS_OWN = ("classifier", "score")  # it trains and saves modules of these nam
 _SHIFT = 8191  # a prime: no two layers drop the same places
 
 
-class _AtHand(threading.local):
-    """Of the rows that a thread computes: LoRA by layer in the base's precision, and what dropout keeps."""
+class _AtHand:
+    """Of the rows being computed: LoRA by layer in the base's precision, and what dropout keeps."""
 
     parts: tuple[Tensor, ...] = ()
     kept: Tensor | None = None
+
+
+class _AtHandByThread(threading.local, _AtHand):
+    """As the engine's flight is."""
 
 
 @dataclass
@@ -52,12 +56,14 @@ class Trainable:
     dropout: float
     weights: Weights
     _scales: Tensor = field(init=False)
-    _at_hand: _AtHand = field(default_factory=_AtHand, init=False)
+    _at_hand: _AtHand = field(init=False)
 
     def __post_init__(self) -> None:
         halves = [torch.tensor([1.0, self.scale]).repeat_interleave(torch.tensor([rank * n_in, rank * n_out]))
                   for _name, rank, n_in, n_out in self.layout.layers]  # fmt: skip
-        self._scales = torch.cat(halves).to(self.engine.backbone.device)
+        device = self.engine.backbone.device
+        self._scales = torch.cat(halves).to(device)
+        self._at_hand = _AtHandByThread() if device.type == "cpu" else _AtHand()
         for tensor in self.weights.values():
             tensor.requires_grad_()
         self.engine.attach(self.adapter(self.weights, ()))
@@ -99,8 +105,8 @@ class Trainable:
             widest = max(n_in for _name, _rank, n_in, _n_out in self.layout.layers)
             # Room for the rows padded to the longest, and for each layer's own place to begin.
             size = len(ids) * len(ids[-1]) * widest + _SHIFT * len(self.layout.layers)
-            kept = torch.empty(size).bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
-            self._at_hand.kept = kept.to(device=self.engine.backbone.device, dtype=dtype)
+            drawn = torch.empty(size, dtype=dtype, device=self.engine.backbone.device)
+            self._at_hand.kept = drawn.bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
         states = self.engine.head_states(ids)
         return self._linear(self.engine.backbone.head_name, states)
 

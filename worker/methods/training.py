@@ -192,7 +192,8 @@ class Run:
 
         def of_part(number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
             chosen = rows[parts[number]]
-            drawn = torch.Generator().manual_seed(int(np.random.default_rng([*place, number]).integers(2**63)))
+            seed = int(np.random.default_rng([*place, number]).integers(2**63))
+            drawn = torch.Generator(self.device).manual_seed(seed)
             with self.trainable.engine.changed(self.trainable.change):
                 logits = self.trainable.logits([self.encoded.ids[i] for i in chosen], drawn)
                 loss = self._loss(logits, self.targets[chosen]) / whole
