@@ -1,5 +1,6 @@
 """How many labels it takes: the trained methods on growing shares of the train rows, on the same test rows."""
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,7 +105,8 @@ class LearningCurve:
         # What `auto` gives for so many rows: the spec of a second attempt no longer says that it was `auto`.
         if recipe.epochs == auto_epochs(len(self.train.texts)):
             recipe = replace(recipe, epochs=auto_epochs(len(rows.texts)))
-        trained = Lora(self.base, recipe, folder / "checkpoints").fit(rows, self.validation, on_progress)
+        lora = Lora(self.base, recipe, folder / "checkpoints", checkpoint_seconds=math.inf)  # nobody goes on from them
+        trained = lora.fit(rows, self.validation, on_progress)
         return self.serve(method, trained, folder / "model", recipe.precision)
 
     def finished(self, methods: Mapping[str, Any]) -> dict[str, Any]:

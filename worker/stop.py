@@ -23,12 +23,12 @@ class Stop:
     @contextmanager
     def waits(self) -> Iterator[None]:
         """Meanwhile it does not: whoever enters this looks at `asked`, and ends. Raises Stopped at the end."""
-        self._waits = True
+        before, self._waits = self._waits, True
         try:
             yield
         finally:
-            self._waits = False
-        if self.asked:
+            self._waits = before
+        if self.asked and not before:
             raise Stopped
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:

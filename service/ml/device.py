@@ -1,12 +1,12 @@
 """Which device to compute on, and in which precision."""
 
-import json
 import os
 import platform
 import tempfile
 import timeit
 from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -54,27 +54,31 @@ def bf16_pays_on_cpu() -> bool:
     capable = getattr(torch.cpu, "_is_avx512_bf16_supported", None), getattr(torch.cpu, "_is_amx_tile_supported", None)
     if not any(ask() for ask in capable if ask is not None):
         return False
-    told, key = _kept_measures(), f"{_cpu_name()}, torch {torch.__version__}"
-    if key not in told:
-        told[key] = _matmul_seconds(torch.float32) > 1.2 * _matmul_seconds(torch.bfloat16)
-        with suppress(OSError, RuntimeError):  # no home that can be written to: every process measures
-            file = _measures_file()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:
-                json.dump(told, partial)
-            Path(partial.name).replace(file)
-    return told[key]
+    key = sha256(f"{_cpu_name()}, torch {torch.__version__}".encode()).hexdigest()[:16]
+    try:
+        return _agreed(Path("~/.cache").expanduser() / "tuneproof" / f"bf16-{key}")
+    except (OSError, RuntimeError):  # no home that can be written to: every process measures
+        return _bf16_is_faster()
 
 
-def _measures_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "tuneproof", "bf16-pays.json")
+def _agreed(file: Path) -> bool:
+    """What the file says; where it is not there yet, or says nothing, it is measured. The first to write is right."""
+    for _ in range(2):
+        with suppress(FileNotFoundError):
+            if (said := file.read_text(encoding="ascii")) in ("faster", "slower"):
+                return said == "faster"
+            file.unlink()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="ascii") as mine:
+            mine.write("faster" if _bf16_is_faster() else "slower")
+            mine.flush()
+            with suppress(FileExistsError):
+                os.link(mine.name, file)
+    return file.read_text(encoding="ascii") == "faster"
 
 
-def _kept_measures() -> dict[str, bool]:
-    with suppress(OSError, ValueError, RuntimeError):
-        found = json.loads(_measures_file().read_text(encoding="utf-8"))
-        return {str(name): bool(pays) for name, pays in found.items()} if isinstance(found, dict) else {}
-    return {}
+def _bf16_is_faster() -> bool:
+    return _matmul_seconds(torch.float32) > 1.2 * _matmul_seconds(torch.bfloat16)
 
 
 def _cpu_name() -> str:

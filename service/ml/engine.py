@@ -209,6 +209,13 @@ class Engine:
         finally:
             self._flight.change = None
 
+    def packs(self, longest: int) -> bool:
+        """Whether rows of up to so many tokens go end to end. If so, threads may compute some each from here on."""
+        fits = longest <= self._longest_packed
+        if fits:
+            self._attend_by(packed.NAME)  # the model's own switch, which no two of them must find in different places
+        return fits
+
     def head_states(self, ids: Sequence[list[int]]) -> Tensor:
         """`(B, H')` of B texts, shortest first: what the stock head sees, float32, with gradients."""
         return self._run(ids, [], self._kernel if len(ids[-1]) <= self._longest_packed else None)[0].head
@@ -247,8 +254,7 @@ class Engine:
         rows = Rows(lengths, starts, backbone.device, kernel)
         mixture = Mixture.of(adapters, rows)
         attention = self._stock_attention if kernel is None else packed.NAME
-        if model.config._attn_implementation != attention:
-            model.set_attn_implementation(attention)
+        self._attend_by(attention)
         more = {} if kernel is None else {"packed_rows": rows}
         self._flight.rows, self._flight.mixture = rows, mixture
         try:
@@ -261,6 +267,11 @@ class Engine:
         last = torch.from_numpy(starts + [self._last(row) for row in ids]).to(backbone.device)
         head = hidden[last] if backbone.decoder else output.logits
         return _States(head.float(), hidden, rows, last, backbone.pooling), mixture
+
+    def _attend_by(self, name: str) -> None:
+        model: Any = self.backbone.model
+        if model.config._attn_implementation != name:
+            model.set_attn_implementation(name)
 
     def _end_to_end(self, ids: Sequence[list[int]], lengths: NDArray[np.int64]) -> dict[str, Tensor]:
         """`(1, T)` ids and positions, which count from the row's beginning."""

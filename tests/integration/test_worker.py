@@ -218,7 +218,9 @@ def test_a_child_finds_the_dataset_and_the_job_in_its_folder(bench: Bench) -> No
     assert seen["job"]["spec"] == bench.job.spec
     assert seen["job"]["dataset"]["id"] == bench.dataset_id
     assert seen["job"]["table"]["text_column"] == "text"
-    assert set(seen["job"]) == {"job_id", "spec", "table", "dataset", "models_dir", "serve_dtype", "endpoint"}
+    assert set(seen["job"]) == {
+        "job_id", "spec", "table", "dataset", "models_dir", "serve_dtype", "checkpoint_seconds", "endpoint"
+    }  # fmt: skip
     assert seen["job"]["endpoint"] is None
 
 

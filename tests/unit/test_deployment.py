@@ -127,6 +127,7 @@ def test_make_lists_its_targets() -> None:
         "test-gpu",
         "acceptance",
         "calibrate",
+        "chaos",
         "check",
         "bench",
         "vendor",

@@ -1,6 +1,5 @@
 """What is measured of a machine is measured once."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtyp
         taken.append(dtype)
         return 1.0 if dtype == torch.float32 else 0.5
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(device, "_matmul_seconds", seconds)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     return taken
@@ -41,25 +40,37 @@ def test_whether_bf16_pays_is_measured_once_for_a_cpu_and_a_version_of_torch(
     monkeypatch.setattr(device, "_cpu_name", lambda: "another")
     assert pays_in_a_new_process()
     assert len(measured) == 4
-    [file] = (tmp_path / "tuneproof").iterdir()
-    assert list(json.loads(file.read_text()).values()) == [True, True]
+    assert [file.read_text() for file in (tmp_path / ".cache" / "tuneproof").iterdir()] == ["faster", "faster"]
 
 
-@pytest.mark.parametrize("kept", ["", "[]", '{"x": ', "{}"])
-def test_what_is_kept_and_cannot_be_read_is_measured_again(
-    measured: list[torch.dtype], tmp_path: Path, kept: str
+def test_of_two_processes_that_measure_at_once_the_first_to_write_is_right(
+    measured: list[torch.dtype], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tuneproof").mkdir()
-    (tmp_path / "tuneproof" / "bf16-pays.json").write_text(kept)
     assert pays_in_a_new_process()
-    assert len(measured) == 2
+    [file] = (tmp_path / ".cache" / "tuneproof").iterdir()
+    file.unlink()
+
+    def meanwhile() -> bool:
+        file.write_text("slower")
+        return True
+
+    monkeypatch.setattr(device, "_bf16_is_faster", meanwhile)
+    assert not pays_in_a_new_process()
+
+
+def test_what_is_kept_and_cannot_be_read_is_measured_again(measured: list[torch.dtype], tmp_path: Path) -> None:
+    assert pays_in_a_new_process()
+    [file] = (tmp_path / ".cache" / "tuneproof").iterdir()
+    file.write_text("")
+    assert pays_in_a_new_process()
+    assert (len(measured), file.read_text()) == (4, "faster")
 
 
 def test_where_nothing_can_be_kept_it_is_measured_all_the_same(
     measured: list[torch.dtype], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    monkeypatch.setenv("HOME", str(tmp_path / "a file"))
     assert pays_in_a_new_process()
     assert pays_in_a_new_process()
     assert len(measured) == 4

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from service.ml.labels import LabelSet
 from tests.adapters import TARGETS, manifest, stock_logits, stock_peft
 from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, KEYWORDS, QWEN3, QWEN3_EOS, ROBERTA, labelled_texts
 from worker.artifacts import write_json
+from worker.methods import training
 from worker.methods.checkpoint import Checkpoint, newest
 from worker.methods.frozen import FrozenBase, fit_probe
 from worker.methods.lora import Lora
@@ -150,6 +152,40 @@ def test_a_batch_cut_into_parts_has_the_gradient_of_the_whole(tiny_models, tmp_p
     assert float(whole._step(batch)) == pytest.approx(float(parts._step(batch)), rel=1e-5)
     for key, weights in whole.trainable.weights.items():
         torch.testing.assert_close(parts.trainable.weights[key].grad, weights.grad, atol=1e-6, rtol=1e-3)
+
+
+def test_parts_go_side_by_side_only_where_all_rows_lie_end_to_end(tiny_models, monkeypatch):
+    """transformers' switch of attention is the model's: two threads must not find it in different places."""
+    monkeypatch.setattr(training, "LEAST_TOKENS", 1)
+    losses, workers = [], []
+    torch.set_num_threads(2)
+    try:
+        for longest in (math.inf, int(np.median(encode_rows(tiny_models).lengths))):
+            engine = frozen(tiny_models, QWEN3).engine
+            engine._longest_packed = longest
+            run = Run(
+                Trainable.start(engine, 4, 8, 0.0, 4, None, 3), recipe(dropout=0.0), TRAIN, VALIDATION, None, print
+            )
+            workers.append(run._workers)
+            losses.append([loss.item() for loss in run.epoch()])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert workers == [2, 1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def encode_rows(models_dir):
+    return encode(frozen(models_dir, QWEN3).engine.backbone.tokenizer, TRAIN.texts, MAX_LENGTH)
+
+
+def test_a_base_whose_attention_reads_something_else_than_tokens_is_refused(tiny_models):
+    engine = frozen(tiny_models, BERT).engine
+    ours = Trainable.start(engine, 4, 8, 0.0, 4, None, 3)
+    with engine.changed(ours.change):
+        ours.logits([[1, 2, 3]])
+        with pytest.raises(ModelUnavailable, match="something else than the tokens"):
+            ours.change(ours.layout.layers[0][0], None, torch.zeros(512, 64))
 
 
 def test_dropout_takes_its_share_and_keeps_the_mean(tiny_models):
@@ -318,6 +354,7 @@ def test_where_memory_runs_out_fewer_rows_are_computed_at_a_time_and_the_result_
     Device(monkeypatch, room=5)
     lora, events = lora_that_tells(tiny_models, tmp_path / "b")
     tight = lora.fit(TRAIN, VALIDATION)
+    monkeypatch.undo()
     assert tight.state.rows_at_once == 4
     assert tight.state.gradient_checkpointing is False
     messages = [message for kind, message, _data in events if kind == "message"]

@@ -152,7 +152,8 @@ def export(
     api_key: ApiKey = None,
 ) -> None:
     """Take a model elsewhere: into a folder that is new or empty. Merging needs the server's packages and the base."""
-    folder = output or Path(f"{model}-{form}")
+    shown = output or Path(f"{model}-{form}")
+    folder = shown.resolve()
     if folder.exists() and any(folder.iterdir()):
         raise typer.BadParameter(f"Expected a folder that is new or empty, found files in {folder}.")
     if form is Format.merged:
@@ -167,7 +168,7 @@ def export(
                     err.print(f"Error: merging was ended by signal {-code}; it takes twice the base's size in memory.")
                 raise typer.Exit(128 - code if code < 0 else code)
         made.rename(folder)
-    typer.echo(folder)
+    typer.echo(shown)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
@@ -175,7 +176,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as zipped:
             hashes = json.loads(zipped.read("manifest.json"))["files"]
-            for name, sha256 in hashes.items():
+            for name, sha256 in dict(hashes).items():
                 if hashlib.sha256(zipped.read(name)).hexdigest() != sha256:
                     raise ValueError(f"{name} is not the file that was published")
             zipped.extractall(folder, ["manifest.json", *hashes])  # takes `..` and the like out of names

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from service.ml.adapter import Adapter
@@ -21,10 +22,11 @@ C_GRID = {"pooled": (3.0, 30.0), "head": (30.0, 300.0)}
 
 @dataclass
 class FrozenBase:
-    """An engine, the length texts are cut to, and the states already computed."""
+    """An engine, the length texts are cut to, the states already computed, and engines of other precisions."""
 
     engine: Engine
     max_length: int
+    others: dict[torch.dtype, Engine] = field(default_factory=dict)
     _states: dict[tuple[str, ...], dict[str, NDArray[np.float32]]] = field(default_factory=dict)
 
     def states(self, texts: tuple[str, ...], on_progress: OnProgress = silent) -> dict[str, NDArray[np.float32]]:

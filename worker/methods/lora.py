@@ -6,7 +6,7 @@ Juditsky 1992 for averaging the weights. The frozen base runs in the engine, wit
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.ml.backbone import Backbone, load_backbone
 from service.ml.device import DTYPES
-from service.ml.encode import encode
-from service.ml.engine import Engine
+from service.ml.encode import encode, token_batches
+from service.ml.engine import MAX_ROWS, TOKEN_BUDGET, Engine
 from service.ml.manifest import States
 from worker.methods.checkpoint import TrainingState, discard, newest
 from worker.methods.frozen import FrozenBase, fit_probe
@@ -26,7 +27,7 @@ from worker.methods.protocol import OnProgress, Rows, silent
 from worker.methods.recipe import LoraRecipe
 from worker.methods.trainable import Trainable, Weights
 from worker.methods.training import LABEL_SMOOTHING, OnEvent, Run
-from worker.stop import Stop, Stopped
+from worker.stop import Stop
 
 LOSS_EVENTS = 200  # of a whole run, so that a curve can be drawn while it grows
 CHECKPOINT_SECONDS = 60.0
@@ -57,10 +58,15 @@ class Trained:
         return self.trainable.engine.backbone
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """`(N, K)` as the trainer computes them."""
-        ids = encode(self.backbone.tokenizer, texts, self.recipe.max_length).ids
-        adapter = self.trainable.adapter(self.weights, ())
-        return np.stack(self.trainable.engine.score(ids, [adapter] * len(ids)))
+        """`(N, K)` as the trainer computes them, which is not how serving adds LoRA."""
+        encoded = encode(self.backbone.tokenizer, texts, self.recipe.max_length)
+        budget, answers = TOKEN_BUDGET.get(self.backbone.device.type, 4096), dict[int, NDArray[np.float32]]()
+        self.trainable.load(self.weights)
+        with torch.no_grad(), self.trainable.engine.changed(self.trainable.change):
+            for rows in token_batches(encoded.lengths, budget, MAX_ROWS):
+                logits = self.trainable.logits([encoded.ids[i] for i in rows])
+                answers |= dict(zip(rows.tolist(), logits.cpu().numpy(), strict=True))
+        return np.stack([answers[i] for i in range(len(texts))])
 
     def save(self, folder: Path) -> None:
         """PEFT's files and the tokenizer: what stock PEFT needs on the stock base model."""
@@ -125,17 +131,18 @@ class Lora:
         )
         run = Run(trainable, recipe, train, validation, resumed, self.on_event)
         discard(self.checkpoints, beyond=run.steps_done if resumed else -1)
-        with self.stop.waits():
-            self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
+        self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
         return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(self._device))
 
     def _engine(self) -> Engine:
-        """The base's own where it is of the precision asked for, else another."""
+        """The base's own where it is of the precision asked for, else another, which the base keeps."""
         frozen, dtype = self.base.engine.backbone, DTYPES[self.recipe.precision]
         if next(frozen.model.parameters()).dtype == dtype:
             return self.base.engine
-        return Engine(load_backbone(frozen.source, device=self._device, dtype=dtype))
+        if dtype not in self.base.others:
+            self.base.others[dtype] = Engine(load_backbone(frozen.source, device=self._device, dtype=dtype))
+        return self.base.others[dtype]
 
     def _train(self, run: Run, on_progress: OnProgress) -> None:
         state, epochs = run.state, self.recipe.epochs
@@ -145,7 +152,7 @@ class Lora:
             self._judge(run)
         while state.epoch < epochs and not self._out_of_patience(state):
             number, recent = state.epoch + 1, []
-            for loss in run.epoch():
+            for loss in self._until_stopped(run):
                 recent.append(loss)
                 step = state.step
                 on_progress(run.steps_done / (run.steps_per_epoch * epochs),
@@ -154,17 +161,25 @@ class Lora:
                     # Read from the device now and then only: each time waits for all work sent to it.
                     self._tell_loss(run, float(torch.stack(recent).mean()))
                     recent = []
-                due = self.stop.asked or time.monotonic() - saved >= self.checkpoint_seconds
-                if due and step < run.steps_per_epoch:  # at its end there is one all the same
+                # At an epoch's end there is one all the same, of that name.
+                if time.monotonic() - saved >= self.checkpoint_seconds and step < run.steps_per_epoch:
                     saved = self._save(run)
             self._judge(run)
             saved = self._save(run)
 
+    def _until_stopped(self, run: Run) -> Iterator[Tensor]:
+        """The steps of an epoch, each whole; what is told to stop meanwhile leaves a checkpoint. Raises Stopped."""
+        with self.stop.waits():
+            for loss in run.epoch():
+                yield loss
+                if self.stop.asked:
+                    self._save(run)
+                    break
+
     def _save(self, run: Run) -> float:
-        """Leaves a checkpoint; gives the time. Raises Stopped."""
-        self.on_checkpoint(run.checkpoint().save(self.checkpoints, run.steps_done))
-        if self.stop.asked:
-            raise Stopped
+        """Leaves a checkpoint; gives the time."""
+        with self.stop.waits():
+            self.on_checkpoint(run.checkpoint().save(self.checkpoints, run.steps_done))
         return time.monotonic()
 
     def _judge(self, run: Run) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from service.core.errors import ModelUnavailable
 from service.ml.adapter import CONFIG, WEIGHTS, Adapter, Layout, Linear
 from service.ml.backbone import WRAPPED, Backbone
 from service.ml.engine import Engine
@@ -31,6 +32,8 @@ class _AtHand:
 
     parts: tuple[Tensor, ...] = ()
     kept: Tensor | None = None
+    positions: tuple[int, int] = (0, 0)
+    """How many tokens there are, end to end and padded."""
 
 
 class _AtHandByThread(threading.local, _AtHand):
@@ -92,6 +95,10 @@ class Trainable:
         weights = {name: tensor.to(backbone.device).clone() for name, tensor in weights.items()}
         return cls(engine, layout, alpha / rank, dropout, weights)
 
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.weights.items():
+            parameter.data.copy_(weights[name])
+
     def logits(self, ids: list[list[int]], generator: torch.Generator | None = None) -> Tensor:
         """`(B, K)` of B texts, shortest first, with gradients; inside `engine.changed(self.change)`.
 
@@ -100,7 +107,7 @@ class Trainable:
         base: Any = self.engine.backbone.model
         dtype = base.dtype
         self._at_hand.parts = torch.split((self.weights[LORA] * self._scales).to(dtype), self.layout.sizes)
-        self._at_hand.kept = None
+        self._at_hand.kept, self._at_hand.positions = None, (sum(map(len, ids)), len(ids) * len(ids[-1]))
         if generator is not None and self.dropout:
             widest = max(n_in for _name, _rank, n_in, _n_out in self.layout.layers)
             # Room for the rows padded to the longest, and for each layer's own place to begin.
@@ -116,6 +123,11 @@ class Trainable:
             return self._linear(name, x.float()).to(x.dtype)
         i, rank, n_in, n_out = self.layout.places[name]
         part, flat = self._at_hand.parts[i], x.flatten(0, -2)
+        if len(flat) not in self._at_hand.positions:
+            raise ModelUnavailable(
+                f"The base model cannot be fine-tuned: {name} reads something else than the tokens of a text.",
+                hint="Use another base model, or a baseline job on this one.",
+            )
         read = flat
         if self._at_hand.kept is not None:
             read = flat * self._at_hand.kept[_SHIFT * i :][: flat.numel()].view_as(flat)

@@ -61,16 +61,17 @@ class Run:
         )  # fmt: skip
         self._threads = torch.get_num_threads()
         a_batch = float(self.lengths.mean()) * recipe.batch_size
-        self._workers = int(np.clip(a_batch // LEAST_TOKENS, 1, self._threads)) if self.device.type == "cpu" else 1
+        side_by_side = self.device.type == "cpu" and trainable.engine.packs(int(self.lengths.max()))
+        self._workers = int(np.clip(a_batch // LEAST_TOKENS, 1, self._threads)) if side_by_side else 1
         self._pool: ThreadPoolExecutor | None = None
         self.state = resumed.state if resumed else TrainingState(asdict(recipe))
-        self.best = resumed.best if resumed else self.weights()
-        average = resumed.average if resumed else self.weights()
-        self.average = {name: average[name].to(self.device) for name in trainable.weights}
+        best, average = (resumed.best, resumed.average) if resumed else (self.weights(), self.weights())
+        self.best, self.average = (
+            {name: known[name].to(self.device) for name in trainable.weights} for known in (best, average)
+        )
         self.loss_sum = torch.tensor(self.state.loss_sum, device=self.device)
         if resumed:
-            for name, parameter in trainable.weights.items():
-                parameter.data.copy_(resumed.weights[name])
+            trainable.load(resumed.weights)
             restore_optimizer(self.optimizer, resumed.optimizer)
         if recipe.gradient_checkpointing or self.state.gradient_checkpointing:
             self._checkpoint_activations()
@@ -104,6 +105,7 @@ class Run:
             yield
             return
         each = self._threads // self._workers
+        self.trainable.engine.packs(int(self.lengths.max()))  # what was judged may have been padded
         try:
             with ThreadPoolExecutor(self._workers, initializer=torch.set_num_threads, initargs=(each,)) as self._pool:
                 yield
