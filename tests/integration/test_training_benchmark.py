@@ -71,6 +71,7 @@ def test_the_form_for_gpus_runs_on_a_tiny_base_and_the_ml_libraries_alone(tmp_pa
     assert figures["peak_memory_bytes_64x192"]["at_most"] == 10e9
 
 
+@pytest.mark.more
 def test_without_its_data_the_benchmark_says_so_and_ends_with_status_2(tmp_path):
     ended = run("--data", str(tmp_path / "nowhere.csv"))
     assert ended.returncode == 2

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import verify_f2llm as verify
 
+pytestmark = pytest.mark.more
+
 CPU = torch.device("cpu")
 
 
