@@ -102,7 +102,7 @@ def _by_length(rows: Rows, query: Tensor, key: Tensor, value: Tensor, causal: bo
     cut = (torch.split(x, sizes) for x in (query, key, value))
     for (_start, n_rows, length), *span in zip(rows.spans, *cut, strict=True):
         q, k, v = (x.view(n_rows, length, *x.shape[1:]).transpose(1, 2) for x in span)
-        attend = _plainly if length <= _MOST_PLAIN else scaled_dot_product_attention
+        attend = _plainly if torch.is_grad_enabled() and length <= _MOST_PLAIN else scaled_dot_product_attention
         answer = attend(q, k, v, is_causal=causal, scale=scaling)
         answers.append(answer.transpose(1, 2).flatten(0, 1))
     return torch.cat(answers)
