@@ -109,7 +109,10 @@ def _by_length(rows: Rows, query: Tensor, key: Tensor, value: Tensor, causal: bo
 
 
 def _plainly(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float | None) -> Tensor:
-    """`(B, H, L, d)` each. For short bf16 rows on a CPU torch's fused kernel takes twice as long, backwards tenfold."""
+    """`(B, H, L, d)` each. For short bf16 rows on a CPU torch's fused kernel takes ten times as long there and back.
+
+    For training alone: served batches have rows of many lengths, and a product of each in the cache of compiled ones.
+    """
     length, d = query.shape[2:]
     q, k, v = (x.reshape(-1, length, x.shape[3]) for x in (query, key, value))
     scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=d**-0.5 if scale is None else scale)
