@@ -288,6 +288,9 @@ class Bulk:
         return tell
 
     def _warn(self, tally: Tally) -> None:
+        for found in self.job.get("dataset", {}).get("warnings", []):
+            if found["code"] == "unclear_header":
+                self.reporter.event("message", found["message"], found, level="warning")
         for count, message in (
             (tally.empty, "rows have no text; they stand in predictions.csv without a label."),
             (tally.truncated, "texts are longer than the model reads; what lies beyond was not read."),

@@ -18,7 +18,10 @@ _LABEL_NAMES = """
 TEXT_NAMES = frozenset(_TEXT_NAMES.split())
 LABEL_NAMES = frozenset(_LABEL_NAMES.split())
 SPLIT_NAMES = frozenset({"split", "partition", "subset", "fold"})
-_NUMBER = re.compile(r"[TZ\W_]*\d[\dTZ\W_]*")
+ID_NAMES = frozenset({"id", "ids", "nr", "uuid", "guid"})
+_NUMBER = re.compile(r"[TZAPM\W_]*\d[\dTZAPM\W_]*")
+_ID = re.compile(r"\S*[\d@]\S*")
+NAME_WORDS = 5  # more are a sentence
 MOST_TOLD = 1_000  # columns; a table of texts has a few
 LONGEST_LABEL = 100  # characters; by shape alone, anything longer is taken for a text
 
@@ -51,25 +54,33 @@ def column_names(first: Sequence[str], *, has_header: bool) -> list[str]:
     return names
 
 
-def has_header(rows: Rows, asked: Collection[str], usual_text: str | None = None) -> bool:
-    """Whether the first row names the columns.
+def has_header(rows: Rows, asked: Collection[str | None], *, labelled: bool) -> bool | None:
+    """Whether the first row names the columns; None where nothing tells a name from a short text.
 
-    It does where it holds a name asked for, or only usual names, of which `usual_text` is one. Otherwise the columns
-    that look like labels decide: a label turns up again below, a name does not.
+    It does where it holds a name asked for, or only usual names. Otherwise what stands below decides: a label turns up
+    again, a name does not; over numbers, dates and ids a name is none. Over texts alone, names are few words, shorter
+    than nine rows of ten and than two thirds of the middle one; so is one chat message in thirty.
     """
     first = [_clean(cell) for cell in rows[0]]
-    named = {name for name in asked if not _is_index(name)}
+    named = {name for name in asked if name is not None and not _is_index(name)}
     if named & set(first):
         return True
     if named & {f"column_{i}" for i, cell in enumerate(first) if cell}:
         return False
-    usual = [_key(cell) in TEXT_NAMES | LABEL_NAMES or cell == usual_text for cell in first]
-    columns = _columns(rows[1:])
+    usual = [_key(cell) in TEXT_NAMES | LABEL_NAMES | ID_NAMES for cell in first]
+    columns = list(zip(first, _columns(rows[1:]), strict=len(rows) > 1))
     if all(usual) or not columns:
         return any(usual)
-    if labels := [(cell, values) for cell, values in zip(first, columns, strict=True) if _looks_like_labels(values)]:
-        return not any(cell in values for cell, values in labels)
-    return any(usual) or all(_stands_apart(cell, values) for cell, values in zip(first, columns, strict=True))
+    labels = [cell in values for cell, values in columns if len(first) > 1 and _looks_like_labels(values)]
+    if any(labels) or any(usual) or (labels and labelled):
+        return not any(labels)
+    codes = [(cell, values, code) for cell, values in columns if (code := _code_of(values))]
+    if codes or labels:
+        return not any(cell in values or code.fullmatch(cell) for cell, values, code in codes)
+    if any(cell in values or cell[-1:] in ".!?…。！？" or len(cell.split()) > NAME_WORDS for cell, values in columns):
+        return False
+    n_chars, lengths = sum(map(len, first)), sorted(sum(map(len, row)) for row in rows[1:])
+    return (n_chars < lengths[len(lengths) // 10] and 3 * n_chars <= 2 * lengths[len(lengths) // 2]) or None
 
 
 def find_column(names: Sequence[str], asked: str, role: str) -> int:
@@ -108,7 +119,8 @@ def guess_text(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int:
 
     def standing(i: int) -> tuple[bool, bool, bool, bool, int]:
         values, key = columns[i] if columns else (), _key(names[i])
-        return not _is_numbers(values), key == "text", key in TEXT_NAMES, _is_spaced(values), sum(map(len, values))
+        is_words, n_chars = _code_of(values) is not _NUMBER, sum(map(len, values))
+        return is_words, key == "text", key in TEXT_NAMES, _is_spaced(values), n_chars
 
     choice = [i for i in free if _key(names[i]) in TEXT_NAMES or (columns and not _looks_like_labels(columns[i]))]
     if not choice and len(free) != 1:
@@ -128,17 +140,14 @@ def guess_label(names: Sequence[str], rows: Rows, taken: Collection[int]) -> int
     choice = choice or [i for i in free if columns and _looks_like_labels(columns[i])]
     if len(choice) == 1:
         return choice[0]
-    found = (
-        " and ".join(shown(names[i]) for i in choice[:5]) + " are equally plausible" if choice else "recognised none"
-    )
+    listed = " and ".join(shown(names[i]) for i in choice[:5])
+    found = f"{listed} are equally plausible" if choice else "recognised none"
     raise _not_found(f"Expected one column of labels, {found}", names, "label_column")
 
 
 def _not_found(problem: str, names: Sequence[str], role: str) -> ColumnNotFound:
     listed = ", ".join(map(shown, names[:50])) + (", …" if len(names) > 50 else "")
-    advice = (
-        f"Pass {role} with one of them" if len(names) > 1 else "Pass delimiter if cells are cut by another character"
-    )
+    advice = f"Pass {role} with one of them" if names[1:] else "Pass delimiter if cells are cut by another character"
     return ColumnNotFound(f"{problem}. The columns are: {listed}. {advice}.", columns=told(names))
 
 
@@ -147,16 +156,11 @@ def _looks_like_labels(values: Sequence[str]) -> bool:
     return 0 < len(distinct) <= len(values) / 2 and max(map(len, distinct)) <= LONGEST_LABEL
 
 
-def _stands_apart(cell: str, values: Sequence[str]) -> bool:
-    """One word over texts, or a word over numbers."""
-    numbers = all(value.isdecimal() for value in values)
-    return not _is_spaced([cell]) and (_is_spaced(values) or (numbers and not cell.isdecimal()))
-
-
-def _is_numbers(values: Sequence[str]) -> bool:
-    """Numbers, dates or ids of digits, whatever stands empty between them."""
+def _code_of(values: Sequence[str]) -> re.Pattern[str] | None:
+    """What nine of ten values are: numbers and dates, or ids and addresses; None for words."""
     found = [value for value in values if value.strip()]
-    return bool(found) and all(_NUMBER.fullmatch(value) for value in found)
+    kinds = ((code, sum(code.fullmatch(value) is not None for value in found)) for code in (_NUMBER, _ID))
+    return next((code for code, n in kinds if 10 * n >= 9 * len(found) > 0), None)
 
 
 def _is_spaced(values: Sequence[str]) -> bool:

@@ -42,6 +42,7 @@ from service.ml.table import (
 if TYPE_CHECKING:
     import pandas as pd
 
+_UNCLEAR_HEADER = "The first row is read as a text, and may be a header: say has_header=true (--has-header), or false."
 _PARTS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
 
@@ -131,9 +132,9 @@ def profile(path: Path, options: UploadOptions) -> DatasetProfile:
         UnsupportedMedia: not a text file.
         InvalidData: by its subclasses, every other reason to refuse the file.
     """
-    table, inferred, names = _recognise(path, options)
+    table, inferred, names, unclear_header = _recognise(path, options)
     try:
-        return _profile(path, options, table, inferred, names)
+        return _profile(path, options, table, inferred, names, unclear_header)
     except (InvalidEncoding, MalformedRows):
         raise
     except InvalidData as error:
@@ -142,13 +143,15 @@ def profile(path: Path, options: UploadOptions) -> DatasetProfile:
 
 
 def _profile(
-    path: Path, options: UploadOptions, table: TableFormat, inferred: tuple[str, ...], names: tuple[str, ...]
-) -> DatasetProfile:
+    path: Path, options: UploadOptions, table: TableFormat, inferred: tuple[str, ...], names: tuple[str, ...],
+    unclear_header: bool,
+) -> DatasetProfile:  # fmt: skip
     scan = _scan(path, table, options.max_labels)
     usable = np.flatnonzero((scan.lengths > 0) & (scan.label_ids >= 0))
     if not usable.size:
         raise NoRows(f"Expected rows with text{' and label' * table.needs_label}, found none of {scan.lengths.size}.")
     warnings = [
+        warn("unclear_header", _UNCLEAR_HEADER, np.flatnonzero([unclear_header])),
         warn("literal_quotes", "Quotes are part of the texts: with quoting the file is no table.", scan.quoted),
         warn("empty_text", "Rows without a text are not used.", np.flatnonzero(scan.lengths == 0)),
         warn("empty_label", "Rows without a label are not used.", np.flatnonzero(scan.label_ids < 0)),
@@ -205,8 +208,8 @@ def read_frame(file: TextSource, table: TableFormat) -> "pd.DataFrame":
     return frame
 
 
-def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[str, ...], tuple[str, ...]]:
-    """How to read the file, what of that is inferred, and the columns there are."""
+def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[str, ...], tuple[str, ...], bool]:
+    """How to read the file, what of that is inferred, the columns there are, and whether its header is in doubt."""
     if not path.stat().st_size:
         raise NoRows("The file is empty: it has 0 bytes. Save it with its rows, and send it again.")
     refuse_binary(path)
@@ -216,13 +219,14 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
     dialect = Dialect(encoding, delimiter, literal_quotes=delimiter == "\t" and quotes_are_data(path, encoding))
     head = cut_head(lines, dialect)
     head = [cells for cells in head if len(cells) == len(head[0])]
-    has_header = bool(options.has_header)
+    has_header, unclear = bool(options.has_header), False
     try:
         if not any(head):
             raise NoRows("Expected rows, found none.")
         if options.has_header is None:
-            asked = (options.text_column, options.label_column, options.split_column)
-            has_header = columns.has_header(head, [name for name in asked if name is not None], options.usual_text)
+            asked = (options.text_column, options.label_column, options.split_column, options.usual_text)
+            found = columns.has_header(head, asked, labelled=options.labelled)
+            has_header, unclear = bool(found), found is None and not options.labelled
         text, label, split = _assign_columns(head, has_header, options)
     except InvalidData:
         # Broken or missing rows explain it better than a missing column does.
@@ -232,12 +236,6 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
         if not n_rows:
             raise NoRows("Expected rows below a header, found none.") from None
         raise
-    inferred = {
-        "text_column": options.text_column is None,
-        "label_column": options.label_column is None and label is not None,
-        "delimiter": options.delimiter is None,
-        "has_header": options.has_header is None,
-    }
     table = TableFormat(
         text_column=text,
         label_column=label,
@@ -249,8 +247,9 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
         labelled=options.labelled,
     )
     names = columns.column_names(head[0], has_header=has_header)
-    guessed = tuple(name for name, is_inferred in inferred.items() if is_inferred)
-    return table, guessed, tuple(columns.told(names))
+    found_out = ("text_column", *(["label_column"] if label is not None else ()), "delimiter", "has_header")
+    guessed = tuple(name for name in found_out if getattr(options, name) is None)
+    return table, guessed, tuple(columns.told(names)), unclear
 
 
 def _assign_columns(

@@ -171,6 +171,14 @@ def test_rows_without_a_text_stay_without_a_label_and_are_counted(make: Make, mo
     assert warning["data"] == {"count": 3}
 
 
+def test_a_header_in_doubt_is_a_warning_of_the_job_and_other_findings_are_not(make: Make) -> None:
+    job = make(table_of(["hello parcel"]), top_k=1)
+    known = json.loads((job.folder / "job.json").read_text())
+    warned = [{"code": code, "message": code, "count": 1, "rows": [0]} for code in ("unclear_header", "duplicate_text")]
+    (job.folder / "job.json").write_text(json.dumps(known | {"dataset": known["dataset"] | {"warnings": warned}}))
+    assert [said["message"] for said in job.run() if said.get("level") == "warning"] == ["unclear_header"]
+
+
 def test_under_the_confidence_asked_for_the_label_is_left_open_and_the_guess_can_be_seen(make: Make) -> None:
     free = make(table_of(TEXTS), name="free")
     free.run()

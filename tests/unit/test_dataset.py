@@ -178,6 +178,99 @@ def test_a_header_is_told_from_a_row(write, content, has_header):
     assert profile(write(content), UploadOptions()).format.has_header is has_header
 
 
+TEXTS = (
+    "where is my parcel, it was to come on Monday",
+    "I was charged twice for the same order",
+    "Please send me the invoice once more",
+    "the app does not let me change my address",
+    "Wrong item in the box, who takes it back?",
+    "I want my money back",
+)
+
+
+def unlabelled(*first: str, cells: tuple[str, ...] = ("{i}",), texts: tuple[str, ...] = TEXTS, cut: str = ",") -> str:
+    """A first row, then rows of `cells` and a text."""
+    cells = cells if len(first) > 1 else ()
+    rows = [cut.join([*(cell.format(i=i) for cell in cells), f'"{text}"']) for i, text in enumerate(texts, 10)]
+    return "\n".join([cut.join(first), *rows, ""])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        unlabelled("id", "Ticket text", cut=";"),
+        unlabelled("id", "free text"),
+        unlabelled("id", "What the customer wrote"),
+        unlabelled("Complaint ID", "Complaint text", cells=("T-{i}",)),
+        unlabelled("Nr.", "Freitext"),
+        unlabelled("Q1", "Freitext"),
+        unlabelled("Wann", "Was können wir besser machen als bisher?", cells=("10/{i}/2026 3:45 PM",)),
+        unlabelled("Absender", "Nachricht des Kunden", cells=("anna@firma.example",)),
+        unlabelled("", "0"),
+        unlabelled("Kunde", "Sprache", "Freitext", cells=("{i}", "de")),
+        unlabelled("Betreff", "Nachricht der Kunden", cells=("Zu Ihrer Rechnung vom Mai",)),
+        unlabelled("id", "free text", texts=tuple("abcdefgh")),
+        unlabelled("free text"),
+        unlabelled("Beschwerde"),
+        unlabelled("What the customer wrote", texts=(TEXTS[0] * 2,)),
+        unlabelled("客户留言", texts=("我的包裹还没有到达请帮我查询一下", "同一笔订单我被收取了两次费用")),
+    ],
+)
+def test_a_header_of_a_file_to_label_is_told_by_what_stands_below(write, content):
+    found = profile(write(content), UploadOptions(labelled=False))
+    assert found.format.has_header
+    assert found.format.text_column == content.splitlines()[0].replace(";", ",").split(",")[-1]
+    assert found.n_rows == len(content.splitlines()) - 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        unlabelled("9", "wrong item", cut=";"),
+        unlabelled("T-9", "wrong item", cells=("T-{i}",)),
+        unlabelled("2026-01-09", "hello", cells=("2026-01-{i}",)),
+        unlabelled("9", "de", "wrong item", cells=("{i}", "en")),
+        unlabelled("Is it late?"),
+        unlabelled("Thanks."),
+        unlabelled("I want my money back"),
+        unlabelled(f'"{TEXTS[0]}"', texts=TEXTS[1:]),
+    ],
+)
+def test_the_first_row_of_a_file_to_label_is_a_row_where_it_is_like_the_others(write, content):
+    found = profile(write(content), UploadOptions(labelled=False))
+    assert (found.format.has_header, found.n_rows) == (False, len(content.splitlines()))
+    assert "unclear_header" not in {warning.code for warning in found.warnings}
+
+
+def test_where_nothing_tells_a_header_from_a_short_text_it_is_a_text_and_a_warning(write):
+    path = write("card arrival\nlost my card\npin blocked\ntop up failed\n")
+    assert warnings(path, labelled=False) == {"unclear_header": (1, (0,))}
+    assert profile(path, UploadOptions(labelled=False)).n_rows == 4
+    for said, n_rows in ((True, 3), (False, 4)):
+        assert warnings(path, labelled=False, has_header=said) == {}
+        assert profile(path, UploadOptions(labelled=False, has_header=said)).n_rows == n_rows
+
+
+def test_the_name_of_the_column_that_a_model_learned_from_is_a_header_whatever_stands_below(write):
+    path = write("card arrival\nlost my card\npin blocked\n")
+    found = profile(path, UploadOptions(labelled=False, usual_text="card arrival"))
+    assert (found.format.text_column, found.n_rows, found.warnings) == ("card arrival", 2, ())
+
+
+@given(
+    st.lists(st.integers(0, 10**6), min_size=2, unique=True),
+    st.sampled_from(["{}", "T-{}", "2026-01-01 {}", "user{}@firma.example"]),
+    st.text("abc é", min_size=1).filter(str.strip),
+)
+def test_beside_ids_and_dates_no_row_is_lost_or_gained(tmp_path_factory, ids, pattern, text):
+    path = tmp_path_factory.getbasetemp() / "ids.csv"
+    rows = "".join(f'{pattern.format(i)};"{text * (i % 9)}"\n' for i in [*ids, 1])
+    for first, has_header in (("", False), ("Nummer;Was der Kunde uns am Ende sagen wollte\n", True)):
+        path.write_text(first + rows, encoding="utf-8")
+        found = profile(path, UploadOptions(labelled=False))
+        assert (found.format.has_header, found.n_rows) == (has_header, len(ids) + 1)
+
+
 def test_a_column_that_is_named_and_found_in_the_first_row_makes_it_a_header(write):
     path = write(table(header="fee,refund"))
     found = profile(path, UploadOptions(text_column="fee"))
