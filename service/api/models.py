@@ -32,15 +32,16 @@ def list_models(ctx: Ctx, limit: Limit = 50, after: after("mdl") = None) -> Page
 
 @router.get("/models/{model_id}", response_model=ModelOut)
 def get_model(ctx: Ctx, model_id: str) -> ModelOut:
+    """An alias stands for the model that it points to, here and at its download."""
     with ctx.db.read() as session:
-        return _models_out(session, [catalog.get_model(session, model_id)])[0]
+        return _models_out(session, [catalog.find_model(session, model_id)])[0]
 
 
 @router.get("/models/{model_id}/download", response_class=Response)
 def download_model(ctx: Ctx, model_id: str) -> Response:
     """The model's folder as a zip."""
     with ctx.db.read() as session:
-        model = catalog.get_model(session, model_id)
+        model = catalog.find_model(session, model_id)
     packed = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 -- closed by the stream
     try:
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:

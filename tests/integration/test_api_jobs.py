@@ -706,6 +706,10 @@ def test_a_model_is_shown_listed_and_downloaded(client: TestClient, left: tuple[
         }  # fmt: skip
     for path in ("/models/mdl_0", "/models/mdl_0/download", "/models/live"):
         problem_of(client.get(path), 404, "not_found")
+    assert client.put("/aliases/live", json={"model_id": left[1]}).status_code == 200
+    assert client.get("/models/live").json() == shown | {"aliases": ["live"]}
+    assert client.get("/models/live/download").content == answer.content
+    problem_of(client.delete("/models/live"), 404, "not_found")
     problem_of(client.delete("/models/mdl_0"), 404, "not_found")
 
 
