@@ -93,7 +93,7 @@ def test_submit_passes_on_what_it_is_told(server: FakeServer, tickets: Path, tmp
     assert "watch job_1 --url http://other.test" in result.stdout
     body = server.requests[0].content.decode()
     assert server.requests[0].url.host == "other.test"
-    fields = {"name": "n", "text_column": "0", "has_header": "false", "delimiter": "\t", "rare_labels": "drop"}
+    fields = {"name": "n", "text_column": "0", "has_header": "false", "delimiter": r"\t", "rare_labels": "drop"}
     for name, value in (fields | {"spec": '{"seed": 7, "base_model": "qwen3-0.6b"}'}).items():
         assert f'name="{name}"\r\n\r\n{value}\r\n' in body
 
@@ -132,6 +132,33 @@ def test_a_whole_file_is_labelled_by_a_job_and_its_predictions_are_downloaded(
     assert (tmp_path / "predictions-job_1.csv").read_bytes() == csv
     assert json.loads(tuneproof_command(*given, "--output", "mine.csv", "--json").stdout) == PREDICTED
     assert (tmp_path / "mine.csv").read_bytes() == csv
+
+
+def test_how_a_file_to_label_is_read_can_be_said_as_for_one_to_learn_from(server: FakeServer, tickets: Path) -> None:
+    server.answers["POST /jobs"] = RUNNING
+    said = ["--encoding", "cp1252", "--delimiter", ";", "--has-header"]
+    assert tuneproof_command("predict", "--model", "prod", "--file", str(tickets), *said).exit_code == 0
+    body = server.requests[0].content.decode()
+    for name, value in {"encoding": "cp1252", "delimiter": ";", "has_header": "true"}.items():
+        assert f'name="{name}"\r\n\r\n{value}\r\n' in body
+    for option in (said[:2], said[2:4], ["--no-header"]):
+        assert tuneproof_command("predict", "--model", "prod", "a text", *option).exit_code == 2
+    assert len([request for request in server.requests if request.method == "POST"]) == 1
+
+
+def test_a_header_in_doubt_is_told_when_the_job_starts(server: FakeServer, tickets: Path) -> None:
+    doubt = {"code": "unclear_header", "message": "It may be a header.", "count": 1, "rows": [0]}
+    warnings = [*DATASET["warnings"], doubt]
+    server.answers |= {"POST /jobs": RUNNING, "GET /datasets/ds_1": DATASET | {"inferred": [], "warnings": warnings}}
+    told = tuneproof_command("predict", "--model", "prod", "--file", str(tickets))
+    assert told.stderr == "Warning: It may be a header.\n"
+
+
+def test_a_warning_that_each_attempt_gave_is_shown_once(server: FakeServer) -> None:
+    found = [event(i, message, level="warning") for i, message in enumerate(("Twice.", "Cut.") * 4, 1)]
+    server.answers |= {"GET /jobs/job_1": JOB, "GET /jobs/job_1/events": {"data": found, "has_more": False}}
+    for command in ("watch", "status"):
+        assert tuneproof_command(command, "job_1").stdout.startswith("Warning: Twice.\nWarning: Cut.\nmethod ")
 
 
 def test_the_column_that_was_recognised_is_told_and_no_reason_to_fail(server: FakeServer, tickets: Path) -> None:
@@ -342,18 +369,32 @@ def test_standard_input_is_utf8_with_or_without_a_mark(server: FakeServer) -> No
     assert "found 0xfc at byte 3 of line 2" in said
 
 
-def test_a_threshold_that_few_rows_stand_behind_is_said_once(
-    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+THRESHOLD = {
+    "min_confidence": 0.5, "validation_precision": 0.9, "validation_coverage": 0.8, "validation_rows": 1009,
+    "note": "Nine rows are few.",
+}  # fmt: skip
+EVIDENCE = "Threshold 0.5: 80.0% of 1,009 validation rows reach it, 90.0% of these are right."
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, f"{EVIDENCE} Nine rows are few.\n"),
+        ({"note": None}, f"{EVIDENCE}\n"),
+        ({"min_confidence": None, "validation_precision": None, "note": "None reached it."}, "None reached it.\n"),
+    ],
+)
+def test_the_threshold_found_and_what_stands_behind_it_is_said_once_and_with_json_in_every_line(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], said: str
 ) -> None:
-    threshold = {
-        "min_confidence": 0.5, "validation_precision": 0.9, "validation_coverage": 0.8, "validation_rows": 9,
-        "note": "Nine rows are few.",
-    }  # fmt: skip
+    threshold = THRESHOLD | found
     monkeypatch.setattr(models, "TEXTS_PER_CALL", 1)
     server.answers["POST /predict"] = lambda request: upper(request) | {"threshold": threshold}
     result = tuneproof_command("predict", "--model", "prod", "a", "b", "--target-precision", "0.9")
-    assert result.stderr == "Nine rows are few.\n"
+    assert result.stderr == said
     assert result.stdout == "A\t0.987\ta\nB\t0.987\tb\n"
+    lines = tuneproof_command("predict", "--model", "prod", "--json", "--target-precision", "0.9", stdin="a\n\n").stdout
+    assert [json.loads(line)["threshold"] for line in lines.splitlines()] == [threshold] * 2
 
 
 @pytest.mark.parametrize("width", [60, 200])

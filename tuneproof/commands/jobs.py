@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from tuneproof.commands.options import EXIT_CODES, FAILED, INTERRUPTED, ApiKey, AsJson, JobId, Limit, Url, connect
+from tuneproof.commands.reading import Delimiter, Encoding, HasHeader, TextColumn
 from tuneproof.commands.show import (
     command,
     err,
@@ -33,14 +34,12 @@ PANEL = "Jobs"
 def submit(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True, help="CSV or TSV.")],
     name: Annotated[str | None, typer.Option(help="Name of the dataset, the job and its models.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Name or 0-based index.")] = None,
+    text_column: TextColumn = None,
     label_column: Annotated[str | None, typer.Option(help="Name or 0-based index.")] = None,
     split_column: Annotated[str | None, typer.Option(help="Column that says train, validation or test.")] = None,
-    has_header: Annotated[
-        bool | None, typer.Option("--has-header/--no-header", help="Whether the first row names the columns.")
-    ] = None,
-    delimiter: Annotated[str | None, typer.Option(help=r"One character; \t is a tab.")] = None,
-    encoding: Annotated[str | None, typer.Option(help="UTF-8 by default; e.g. cp1252.")] = None,
+    has_header: HasHeader = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     rare_labels: Annotated[str | None, typer.Option(help="refuse (the default) or drop.")] = None,
     base_model: Annotated[str | None, typer.Option(help="A model on the server's allow-list, or auto.")] = None,
     spec: Annotated[str | None, typer.Option(help="The job's spec as JSON, or @FILE.", metavar="JSON|@FILE")] = None,
@@ -55,17 +54,9 @@ def submit(
         job_spec["base_model"] = base_model
     with connect(url, api_key) as client:
         job = client.jobs.submit(
-            file,
-            job_spec,
-            name=name,
-            text_column=text_column,
-            label_column=label_column,
-            split_column=split_column,
-            has_header=has_header,
-            delimiter=delimiter and delimiter.replace(r"\t", "\t"),
-            encoding=encoding,
-            rare_labels=rare_labels,
-        )
+            file, job_spec, name=name, text_column=text_column, label_column=label_column, split_column=split_column,
+            has_header=has_header, delimiter=delimiter, encoding=encoding, rare_labels=rare_labels,
+        )  # fmt: skip
         if watch:
             show_columns(client, job)
             watch_job(client, job.id, as_json)
@@ -83,15 +74,9 @@ def list_jobs(limit: Limit = 20, as_json: AsJson = False, url: Url = DEFAULT_URL
         return
     table = plain_table("id", "kind", "status", "done", "created", "recommended", "name")
     for job in jobs:
-        table.add_row(
-            job.id,
-            job.kind,
-            job.status,
-            f"{job.progress.fraction:.0%}",
-            f"{job.created_at.astimezone():%Y-%m-%d %H:%M}",
-            job.summary.recommendation.method if job.summary and job.summary.recommendation else "",
-            Text(job.name),
-        )
+        recommended = job.summary.recommendation.method if job.summary and job.summary.recommendation else ""
+        done, created = f"{job.progress.fraction:.0%}", f"{job.created_at.astimezone():%Y-%m-%d %H:%M}"
+        table.add_row(job.id, job.kind, job.status, done, created, recommended, Text(job.name))
     print_table(table)
 
 
@@ -171,15 +156,16 @@ def watch_job(client: Client, job_id: str, as_json: bool) -> None:
 
 
 def show_columns(client: Client, job: Job) -> None:
-    """Say on stderr which columns of the job's file are read, where nobody had named them; not worth an error."""
+    """Say on stderr which columns of the job's file are read, and what is in doubt of it; not worth an error."""
     try:
         dataset = client.datasets.get(job.dataset_id)
     except TuneproofError:
         return
-    found = {"text": dataset.text_column, "label": dataset.label_column}
-    guessed = {role: name for role, name in found.items() if f"{role}_column" in dataset.inferred}
-    for role, name in guessed.items():
-        err.print(f"Recognised {name!r} as the column of {role}s; --{role}-column names another.")
+    for role, name in (("text", dataset.text_column), ("label", dataset.label_column)):
+        if f"{role}_column" in dataset.inferred:
+            err.print(f"Recognised {name!r} as the column of {role}s; --{role}-column names another.")
+    for message in (warning.message for warning in dataset.warnings if warning.code == "unclear_header"):
+        err.print(f"Warning: {message}")
 
 
 def show_started(client: Client, job: Job, as_json: bool) -> None:

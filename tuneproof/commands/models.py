@@ -20,11 +20,13 @@ from typer.core import TyperGroup
 
 from tuneproof.commands.jobs import show_columns, show_started, watch_job
 from tuneproof.commands.options import EXIT_CODES, AliasName, ApiKey, AsJson, Limit, ModelId, ModelOrAlias, Url, connect
+from tuneproof.commands.reading import Delimiter, Encoding, HasHeader, TextColumn
 from tuneproof.commands.show import err, out, plain_table, print_json, print_table, score
 from tuneproof.errors import TuneproofError
 from tuneproof.processes import become, require_server, server_command
-from tuneproof.results import Answer, Prediction
+from tuneproof.results import Answer, Prediction, Threshold
 from tuneproof.sync.client import DEFAULT_URL
+from tuneproof.tables import TableOptions
 
 TEXTS_PER_CALL = 128
 Format = StrEnum("Format", ["adapter", "merged"])
@@ -40,7 +42,10 @@ def predict(
     model: ModelOrAlias,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, the lines of standard input.")] = None,
     file: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Start a job on a CSV or TSV.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Of that file: name or 0-based index.")] = None,
+    text_column: TextColumn = None,
+    has_header: HasHeader = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     watch: Annotated[bool, typer.Option("--watch", help="See that job through and download its predictions.")] = False,
     output: Annotated[
         Path | None, typer.Option(dir_okay=False, help="To here; predictions-JOB.csv by default.")
@@ -59,19 +64,18 @@ def predict(
     A blank line is answered by one that holds nothing, so that answers stand beside their lines. An alias that is
     moved meanwhile changes nothing: one run is answered by one version.
     """
+    reading = TableOptions(text_column=text_column, has_header=has_header, delimiter=delimiter, encoding=encoding)
     if file is not None:
         if texts or target_precision is not None:
             raise typer.BadParameter(
                 "--file goes with neither texts nor --target-precision: ask about one text with that, and give the "
-                "threshold it finds (in --json) as --min-confidence."
-                if target_precision is not None
-                else "--file goes with no texts."
+                "threshold it finds as --min-confidence."
             )
         folder = (output or Path("predictions.csv")).parent
         if (watch or output) and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise typer.BadParameter(f"Expected a folder that can be written to, found none at {folder.absolute()}.")
         with connect(url, api_key) as client:
-            job = client.jobs.predict(model, file, top_k=top_k, min_confidence=min_confidence, text_column=text_column)
+            job = client.jobs.predict(model, file, top_k=top_k, min_confidence=min_confidence, **reading)
             if not (watch or output):
                 show_started(client, job, as_json)
                 return
@@ -82,8 +86,8 @@ def predict(
             saved = client.jobs.download(job.id, "predictions.csv", output or f"predictions-{job.id}.csv")
         err.print(f"{saved} holds every row.")
         return
-    if watch or output or text_column:
-        raise typer.BadParameter("--watch, --output and --text-column go with --file.")
+    if watch or output or set(reading.values()) != {None}:
+        raise typer.BadParameter("--watch, --output and what says how a file is read go with --file.")
     if not texts and sys.stdin.isatty():
         raise typer.BadParameter("Give texts as arguments, or one a line on standard input.")
     waiting, note = iter(texts) if texts else _lines(), None
@@ -97,7 +101,7 @@ def predict(
                     answer.model_id if answer else model, asked or ["?"], top_k=3 if top_k is None else top_k,
                     min_confidence=min_confidence, target_precision=target_precision,
                 )  # fmt: skip
-                if answer.threshold and note != (note := answer.threshold.note):
+                if answer.threshold and note != (note := _evidence(answer.threshold)):
                     err.print(note)
             predictions = iter(answer.predictions)
             for text in batch:
@@ -106,10 +110,20 @@ def predict(
         raise typer.BadParameter("There are no texts: standard input is empty.")
 
 
+def _evidence(found: Threshold) -> str:
+    """The threshold and the validation rows behind it, or why there is none."""
+    if found.min_confidence is None:
+        return str(found.note)
+    share = f"{found.validation_coverage:.1%} of {found.validation_rows:,} validation rows reach it"
+    said = f"Threshold {found.min_confidence}: {share}, {found.validation_precision:.1%} of these are right."
+    return said + (f" {found.note}" if found.note else "")
+
+
 def _print_answer(text: str, prediction: Prediction | None, answer: Answer, as_json: bool) -> None:
     if as_json:
         found = prediction.raw if prediction else dict.fromkeys(answer.predictions[0].raw)
-        typer.echo(json.dumps({"text": text, **found, "model_id": answer.model_id}, ensure_ascii=False))
+        threshold = {"threshold": answer.threshold.raw} if answer.threshold else {}
+        typer.echo(json.dumps({"text": text, **found, "model_id": answer.model_id, **threshold}, ensure_ascii=False))
     elif prediction is None:
         typer.echo("\t\t")
     else:  # one line each, whatever white space a text holds
@@ -151,7 +165,10 @@ def export(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Take a model elsewhere: into a folder that is new or empty. Merging needs the server's packages and the base."""
+    """Take a model elsewhere: into a folder that is new or empty. Merging needs the server's packages and the base.
+
+    An alias stands for the model that it points to.
+    """
     shown = output or Path(f"{model}-{form}")
     folder = shown.resolve()
     if folder.exists() and any(folder.iterdir()):

@@ -74,7 +74,7 @@ def show_progress(states: Iterable[tuple[Job, float | None]]) -> Job:
 
 def show_result(job: Job, warnings: Iterable[str] = ()) -> None:
     """Print how the job ended: what went wrong, or how each method did and what is recommended."""
-    for warning in warnings:
+    for warning in dict.fromkeys(warnings):  # each attempt gives its own
         out.print(f"Warning: {warning}")
     if job.status != "succeeded" or job.summary is None:
         error = job.error
