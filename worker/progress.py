@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +11,6 @@ STAGES = {"prepare": 0.03, "baseline": 0.22, "train": 0.62, "evaluate": 0.1, "pu
 _LEAST_SECONDS_BETWEEN = 0.25
 
 
-@dataclass
 class Reporter:
     """Progress that never falls, and events, written to `stream`.
 
@@ -21,16 +19,10 @@ class Reporter:
         clock: Seconds, monotonic.
     """
 
-    stream: TextIO
-    clock: Callable[[], float] = time.monotonic
-    _shares: Mapping[str, float] = field(default_factory=lambda: STAGES, init=False)
-    _stage: str = field(default="prepare", init=False)
-    _fraction: float = field(default=0.0, init=False)
-    _started: float = field(init=False)
-    _last: float = field(default=-1.0, init=False)
-
-    def __post_init__(self) -> None:
-        self._started = self.clock()
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._clock, self._started, self._last = stream, clock, clock(), -1.0
+        self._shares: Mapping[str, float] = STAGES
+        self._stage, self._fraction, self._found = "prepare", 0.0, 0.0
 
     def leave_out(self, **stages: bool) -> None:
         """Stages this job does not have, by name."""
@@ -46,16 +38,20 @@ class Reporter:
 
     def progress(self, share: float, message: str, *, always: bool = False, eta_seconds: float | None = None) -> None:
         """`share` of the stage at hand is done; `eta_seconds` where the caller knows better than by the whole."""
-        now = self.clock()
+        now = self._clock()
         if not always and now - self._last < _LEAST_SECONDS_BETWEEN:
             return
         self._last = now
         self._fraction = max(self._fraction, self._whole(min(max(share, 0.0), 1.0)))
-        elapsed = now - self._started
-        eta = eta_seconds
-        if eta is None and self._fraction > 0.05:
-            eta = elapsed * (1 - self._fraction) / self._fraction
-        self._send("progress", stage=self._stage, fraction=self._fraction, message=message, eta_seconds=eta)
+        done = self._fraction - self._found
+        if eta_seconds is None and done > 0.05:
+            eta_seconds = (now - self._started) * (1 - self._fraction) / done
+        self._send("progress", stage=self._stage, fraction=self._fraction, message=message, eta_seconds=eta_seconds)
+
+    def goes_on(self, share: float, message: str) -> None:
+        """Says where from; what earlier attempts did of the stage at hand, `share`, took this one no time."""
+        self._found = self._whole(share) - self._fraction
+        self.event("message", message)
 
     def part(self, start: float, stop: float) -> Callable[[float, str], None]:
         """A progress callback for the piece of the stage from `start` to `stop`."""
@@ -82,5 +78,5 @@ class Reporter:
         return (done + share * self._shares[self._stage]) / sum(self._shares.values())
 
     def _send(self, message_type: str, **body: Any) -> None:
-        self.stream.write(json.dumps({"type": message_type, **body}, ensure_ascii=True) + "\n")
-        self.stream.flush()
+        self._stream.write(json.dumps({"type": message_type, **body}, ensure_ascii=True) + "\n")
+        self._stream.flush()

@@ -137,12 +137,8 @@ class Experiment:
         near, known = near_duplicates(self.table, self.split)[1], self.job.dataset.get("warnings", [])
         self.warnings = [*known, asdict(near)] if near.count else known
         for found in self.warnings:
-            self.reporter.event(
-                "message",
-                f"{found['message']} ({found['count']:,} row{'s' * (found['count'] > 1)})",
-                found,
-                level="warning",
-            )
+            message = f"{found['message']} ({found['count']:,} row{'s' * (found['count'] > 1)})"
+            self.reporter.event("message", message, found, level="warning")
         write_split(self.out / "split.csv", self.table, self.split)
         self.dtype = DTYPES[serving_precision(self.device, self.job.serve_dtype)]
         backbone = load_backbone(ready.base, device=self.device, dtype=self.dtype)
@@ -223,11 +219,13 @@ class Experiment:
 
     def _fine_tune(self) -> None:
         recipe = LoraRecipe.of(self.spec.train, self.spec.seed)
+        whole = main_part(self.spec.learning_curve)
         lora = Lora(
             self.base, recipe, self.folder / "checkpoints", self.reporter.checkpoint, self.reporter.event,
             self.job.checkpoint_seconds, self.stop,
+            lambda share, message: self.reporter.goes_on(share * whole, message),
         )  # fmt: skip
-        on_progress = self.reporter.part(0.0, main_part(self.spec.learning_curve))
+        on_progress = self.reporter.part(0.0, whole)
         trained = lora.fit(self.train, self.validation, on_progress)
         self.training = trained.facts()
         lines = "".join(json.dumps(told) + "\n" for told in trained.state.log)

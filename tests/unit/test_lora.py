@@ -461,6 +461,25 @@ def test_a_run_told_to_stop_between_two_steps_leaves_a_checkpoint_and_goes_on_fr
     np.testing.assert_array_equal(resumed.logits(VALIDATION.texts), whole.logits(VALIDATION.texts))
 
 
+@pytest.mark.parametrize(("stopped_at", "where"), [(2, "epoch 1, step 2 of 3"), (3, "epoch 1, step 3 of 3")])
+def test_a_run_that_goes_on_says_from_where(stopped_at, where, tiny_models, tmp_path):
+    stop, told = Stop(), []
+
+    def ask(_share, message):
+        stop.asked = f"step {stopped_at}/3" in message
+
+    def say(*given):
+        told.append(given)
+
+    lora = Lora(frozen(tiny_models, BERT), recipe(), tmp_path, stop=stop, on_resume=say)
+    with pytest.raises(Stopped):
+        lora.fit(TRAIN, VALIDATION, ask)
+    assert not told
+    Lora(frozen(tiny_models, BERT), recipe(), tmp_path, on_resume=say).fit(TRAIN, VALIDATION)
+    share = pytest.approx(0.1 + 0.9 * stopped_at / 6)
+    assert told == [(share, f"Training goes on from its checkpoint: {where}.")]
+
+
 def test_a_run_told_to_stop_at_its_very_end_still_stops():
     stop = Stop()
     with pytest.raises(Stopped), stop.waits():

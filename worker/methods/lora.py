@@ -96,7 +96,8 @@ class Trained:
 class Lora:
     """Fine-tunes, from the newest checkpoint in `checkpoints` on, where one is left every `checkpoint_seconds`.
 
-    Told to `stop` while it trains, it leaves one too.
+    Told to `stop` while it trains, it leaves one too. `on_resume` hears the share that was found done, and where
+    that is.
     """
 
     base: FrozenBase
@@ -106,10 +107,7 @@ class Lora:
     on_event: OnEvent = lambda _type, _message, _data: None
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     stop: Stop = field(default_factory=Stop)
-    _device: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._device = self.base.engine.backbone.device
+    on_resume: OnProgress = silent
 
     def fit(self, train: Rows, validation: Rows, on_progress: OnProgress = silent) -> Trained:
         """Trains for the recipe's epochs, or until validation stops improving; the best epoch's weights win.
@@ -118,9 +116,9 @@ class Lora:
             OutOfMemory: a single text does not fit even with gradient checkpointing.
             Stopped: it was told to.
         """
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        recipe = self.recipe
+        recipe, device = self.recipe, self.base.engine.backbone.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         resumed = newest(self.checkpoints, asdict(recipe))
         probe = None if resumed else fit_probe(
             self.base, train, validation, "head", intercept=self.base.engine.head_has_bias,
@@ -131,9 +129,13 @@ class Lora:
         )
         run = Run(trainable, recipe, train, validation, resumed, self.on_event)
         discard(self.checkpoints, beyond=run.steps_done if resumed else -1)
+        if resumed:
+            epoch, step = divmod(run.steps_done - 1, run.steps_per_epoch)
+            text = f"Training goes on from its checkpoint: epoch {epoch + 1}, step {step + 1} of {run.steps_per_epoch}."
+            self.on_resume(0.1 + 0.9 * run.steps_done / (run.steps_per_epoch * recipe.epochs), text)
         self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
-        return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(self._device))
+        return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(device))
 
     def _engine(self) -> Engine:
         """The base's own where it is of the precision asked for, else another, which the base keeps."""
@@ -141,7 +143,7 @@ class Lora:
         if next(frozen.model.parameters()).dtype == dtype:
             return self.base.engine
         if dtype not in self.base.others:
-            self.base.others[dtype] = Engine(load_backbone(frozen.source, device=self._device, dtype=dtype))
+            self.base.others[dtype] = Engine(load_backbone(frozen.source, device=frozen.device, dtype=dtype))
         return self.base.others[dtype]
 
     def _train(self, run: Run, on_progress: OnProgress) -> None:
