@@ -37,6 +37,7 @@ from service.ml.engine import Engine
 from service.ml.manifest import Manifest, sha256_of
 from worker.artifacts import csv_writer
 from worker.progress import Reporter
+from worker.stop import Stopped
 
 # Sorted by length, a block of so many rows fills its batches; a block is the least that is done twice, so on a CPU its
 # characters are bounded too: some 25,000 tokens.
@@ -87,13 +88,14 @@ class Parts:
 
     def write(self, rows: Sequence[Sequence[str]]) -> bool:
         """Adds the rows of a block, which `tally` counts already; gives whether that has ended a part."""
-        if self._begun is None:
-            self._begun = time.monotonic()
+        begun, self._begun = self._begun, None  # what cannot be written leaves nothing to end
+        if begun is None:
             self._open.unlink(missing_ok=True)
         with self._open.open("a", encoding="utf-8", newline="") as file:
             write = csv_writer(file)
             for row in rows:
                 write(row)
+        self._begun = begun or time.monotonic()
         return time.monotonic() - self._begun >= PART_SECONDS and self.end()
 
     def end(self) -> bool:
@@ -176,7 +178,7 @@ def predict_file(
             start, done = now, done + len(block.rows)
         if writing is not None:
             writing.result()
-    parts.end()
+        aside.submit(parts.end).result()  # there, as the writing: a stop reaches this thread alone
 
 
 def header(adapter: Adapter, top_k: int | None) -> list[str]:
@@ -247,11 +249,16 @@ class Bulk:
         engine, adapter = self._load(tally)
         table, n_rows = self._table()
         self.reporter.stage("evaluate")
-        predict_file(
-            self.folder / "dataset", table, engine, adapter, parts, top_k=self.spec.top_k,
-            min_confidence=self.spec.min_confidence, on_rows=self._pace(tally.rows, n_rows),
-            on_part=self.reporter.checkpoint,
-        )  # fmt: skip
+        try:
+            predict_file(
+                self.folder / "dataset", table, engine, adapter, parts, top_k=self.spec.top_k,
+                min_confidence=self.spec.min_confidence, on_rows=self._pace(tally.rows, n_rows),
+                on_part=self.reporter.checkpoint,
+            )  # fmt: skip
+        except Stopped:
+            if parts.end() or parts.n:  # every block that was scored is written by now
+                self.reporter.checkpoint(parts.folder)
+            raise
         parts.join(header(adapter, self.spec.top_k), self.out / "predictions.csv")
         self._warn(tally)
         self.reporter.result(self._summary(tally), [])

@@ -18,12 +18,14 @@ from service.core.errors import InvalidData
 from service.ml.adapter import save_head
 from service.ml.base_models import find_base, locate
 from service.ml.dataset import UploadOptions, profile
+from service.ml.engine import Engine
 from service.ml.manifest import Manifest
 from tests.adapters import labels, manifest, save_random_adapter, stock_logits
 from tests.tiny import BERT, HIDDEN, QWEN3, labelled_texts
 from worker import bulk
 from worker.bulk import Bulk, Parts
 from worker.progress import Reporter
+from worker.stop import Stopped
 
 K = 5
 TEXTS = [*labelled_texts(40, seed=5)[0], "late parcel " * 60, "a\rb", 'quoted "text", twice', "=1+1"]
@@ -286,6 +288,47 @@ def test_parts_that_stand_are_never_touched_again(make: Make, monkeypatch: pytes
     after = {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()}
     assert before.items() <= after.items()
     assert len(after) == 2 * len(TEXTS) / 4
+
+
+def test_a_job_told_to_stop_keeps_the_blocks_that_were_scored_though_no_part_is_full(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch)
+    monkeypatch.setattr(bulk, "PART_SECONDS", 3600.0)
+    whole, stopped = make(table_of(TEXTS), name="whole"), make(table_of(TEXTS), name="stopped")
+    whole.run()
+    real, scored = Engine.score, 0
+
+    def score(*given: Any) -> Any:
+        nonlocal scored
+        scored += 1
+        if scored == 4:
+            raise Stopped
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Engine, "score", score)
+        said = io.StringIO()
+        with pytest.raises(Stopped):
+            Bulk(stopped.folder, Reporter(said)).run()
+    last = json.loads(said.getvalue().splitlines()[-1])
+    assert last == {"type": "checkpoint", "folder": str(stopped.folder / "checkpoints" / "parts")}
+    told = [message["message"] for message in stopped.run() if message["type"] == "event"]
+    assert "Goes on after 12 rows." in told
+    assert stopped.written == whole.written
+
+
+def test_a_part_that_could_not_be_written_is_not_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts(make(table_of(TEXTS)).folder / "checkpoints" / "parts")
+    parts.write([["0", "fits", "", ""]])
+
+    def full(_file: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(bulk, "csv_writer", full)
+    with pytest.raises(OSError, match="no space"):
+        parts.write([["1", "does not", "", ""]])
+    assert not parts.end()
 
 
 def test_a_job_goes_on_in_the_precision_it_began_in(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
