@@ -1,5 +1,6 @@
 """When a call is worth repeating, and how long to wait before. Sends nothing and sleeps nowhere."""
 
+import logging
 import random
 import ssl
 import time
@@ -64,6 +65,8 @@ class Attempts:
             wait, late, self._ending = give_up_at - now, False, True
         if late or not _may_pass(error, problem):
             raise problem from (None if problem is error else error)
+        if self._failures == 1 and self._met and asked is None and not to_the_end:
+            logging.getLogger(__name__).warning("No answer from %s; asking for %g s.", self._url, self._seconds)
         return wait
 
 

@@ -254,12 +254,11 @@ class Attempt:
         elif "error" in self._ends:
             self._fail(self._ends["error"])
         elif self.supervisor.stop.is_set():
+            log.info("the worker is to stop: the job is given back, and goes on when the next one starts")
             jobs.give_back(self.db, self.lease, self._now(), self.supervisor.grace)
         elif status is not None and (status < 0 or status == os.EX_TEMPFAIL):
             reason = f"its process was ended by signal {-status}" if status < 0 else "its process was told to stop"
-            jobs.lose(
-                self.db, self.lease, reason, self.settings.max_attempts, self._now(), self.supervisor.grace
-            )  # fmt: skip
+            jobs.lose(self.db, self.lease, reason, self.settings.max_attempts, self._now(), self.supervisor.grace)
         else:
             log.error("the child failed:\n%s", _last_frames(self.place / "log.txt"))
             self._fail(

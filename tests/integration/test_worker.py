@@ -378,7 +378,11 @@ def test_a_cancel_that_comes_after_the_result_still_wins(bench: Bench) -> None:
     assert bench.files() == {"datasets"}
 
 
-def test_a_worker_that_is_stopped_gives_its_job_back_without_a_failure(bench: Bench) -> None:
+def test_a_worker_that_is_stopped_gives_its_job_back_without_a_failure(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tuneproof.worker")
+
     def leave(child: FakeChild) -> None:
         if not child.asked:
             child.steps.insert(0, leave)
@@ -387,6 +391,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back_without_a_failure(bench: Be
     job = bench.attempt(progress("train", 0.5), lambda _: bench.supervisor.stop.set(), leave, status=None)
     assert bench.children[0].asked
     assert (job.status, job.failures, job.attempt, job.stage) == ("queued", 0, 1, None)
+    assert "the job is given back, and goes on when the next one starts" in caplog.text
 
 
 def test_a_result_that_is_there_when_the_worker_is_stopped_is_published(bench: Bench) -> None:
@@ -698,6 +703,8 @@ def test_a_worker_that_is_asked_to_stop_gives_its_job_back_and_the_next_one_goes
     workshop.worker()
     job = workshop.ended(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
+    told = workshop.client.get(f"/jobs/{job_id}/events?limit=200").json()["data"]
+    assert sum(event["message"].startswith("Training goes on from its checkpoint: epoch ") for event in told) == 1
 
 
 @pytest.mark.more

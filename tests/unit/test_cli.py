@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,25 @@ def test_the_threshold_found_and_what_stands_behind_it_is_said_once_and_with_jso
     assert result.stdout == "A\t0.987\ta\nB\t0.987\tb\n"
     lines = tuneproof_command("predict", "--model", "prod", "--json", "--target-precision", "0.9", stdin="a\n\n").stdout
     assert [json.loads(line)["threshold"] for line in lines.splitlines()] == [threshold] * 2
+
+
+def test_who_watches_is_told_that_the_server_is_away_and_that_another_attempt_begins(
+    server: FakeServer, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own; a command has none
+    server.answers["GET /jobs/job_1"] = RUNNING
+    again = RUNNING | {"attempt": 2, "stage": "prepare", "progress": {"fraction": 0.0, "message": "starting"}}
+    server.answers["GET /jobs/job_1/wait"] = iter([unreachable, unreachable, again, JOB])
+    started = [
+        {"data": [event(i, f"attempt {i} started", type="status", data={"attempt": i})], "has_more": False}
+        for i in (1, 2)
+    ]
+    server.answers["GET /jobs/job_1/events"] = iter([*started, EMPTY, EMPTY])
+    said = tuneproof_command("watch", "job_1").stderr.splitlines()
+    assert said[0].startswith("train       42%")
+    assert said[1] == "No answer from http://127.0.0.1:8000; asking for 120 s."
+    assert said[2] == "attempt 2 started"
+    assert said[3] == "prepare      0%  starting"
 
 
 @pytest.mark.parametrize("width", [60, 200])

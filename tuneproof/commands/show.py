@@ -34,12 +34,17 @@ SHOWN_LABELS = 20
 
 
 def follow(client: Client, job_id: str) -> Iterator[tuple[Job, float | None]]:
-    """The job at each change and every second until it ends, with the latest validation macro-F1 of its training."""
+    """The job at each change and every second until it ends, with the latest validation macro-F1 of its training.
+
+    Says on stderr that another attempt begins.
+    """
     seen, macro_f1 = 0, None
     for job in client.jobs.watch(job_id):
         for event in client.jobs.events(job_id, after=seen):
             seen = event.id or seen
             macro_f1 = event.data.get("validation_macro_f1", macro_f1)
+            if event.data.get("attempt", 1) > 1:  # else stage and share would seem to fall
+                err.print(event.message)
         yield job, macro_f1
 
 
