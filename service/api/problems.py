@@ -114,7 +114,7 @@ def invalid(found: Sequence[Any], model: type[BaseModel] | None = None) -> Inval
     for item in found:
         # A union's branches are named in the location; they mean nothing to a caller.
         loc = tuple(part for part in item["loc"] if not (isinstance(part, str) and _names_a_branch(part)))
-        allowed = "" if schema is None else _allowed(schema, loc)
+        allowed = "" if schema is None or item["type"] == "missing" else _allowed(schema, loc)
         message = f"expected {allowed}" if allowed else item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "there is no such field" + _meant(schema, loc)

@@ -348,6 +348,14 @@ def test_the_most_texts_a_call_may_have_are_answered(serving: Serving) -> None:
     assert len(serving.ask(serving.ids["four"], texts=["x"] * 1024, top_k=1).json()["predictions"]) == 1024
 
 
+@pytest.mark.parametrize(("missing", "said"), [("model", "Field required"), ("texts", "give either `texts`")])
+def test_what_is_missing_is_said_to_be_missing(serving: Serving, missing: str, said: str) -> None:
+    body = {name: value for name, value in {"model": "live", "texts": ["x"]}.items() if name != missing}
+    answer = serving.client.post("/predict", json=body)
+    problem_of(answer, 422, "invalid_input")
+    assert said in answer.json()["detail"]
+
+
 RAW = {
     "NaN": '{"model": "live", "text": "x", "min_confidence": NaN}',
     "Infinity": '{"model": "live", "text": "x", "top_k": Infinity}',
