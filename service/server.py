@@ -1,5 +1,6 @@
 """uvicorn, which here tells the application when it is about to stop."""
 
+import ctypes
 import logging
 import socket
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+_M_ARENA_MAX = -8  # glibc's malloc.h
 log = logging.getLogger("tuneproof.api")
 
 
@@ -38,6 +40,10 @@ class Server(uvicorn.Server):
 
 def run(app: FastAPI, **config: Any) -> None:
     """Serves until a signal says to stop. Exits with 3 where the application does not start."""
+    if sys.platform == "linux":
+        # Dozens of threads answer, and each would fill a heap of its own, which grows by bits for hours. musl has none.
+        with suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
     server = Server(app, **config)
     with suppress(KeyboardInterrupt):
         server.run()

@@ -181,8 +181,9 @@ class EngineHandle:
             start_new_session=True,
             # Threads that wait spin for some 30 us: to be woken costs a small batch half its speed, and longer ones
             # would take the cores from training on the same machine. bf16 products of every new size are kept twice, by
-            # torch and by oneDNN: a gigabyte of them after ten minutes, and no faster, as sizes rarely recur.
-            env={"GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+            # torch and by oneDNN: a gigabyte of them after ten minutes, and no faster, as sizes rarely
+            # recur. A batch of adapters of one rank has five.
+            env={"GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
             | os.environ,
         )  # fmt: skip
         self._process = process
