@@ -183,7 +183,7 @@ class EngineHandle:
             # would take the cores from training on the same machine. bf16 products of every new size are kept twice, by
             # torch and by oneDNN: a gigabyte of them after ten minutes, and no faster, as sizes rarely
             # recur. A batch of adapters of one rank has five.
-            env={"GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+            env={"GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "10", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10"}
             | os.environ,
         )  # fmt: skip
         self._process = process
