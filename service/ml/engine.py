@@ -6,7 +6,6 @@ The rows of a batch are laid end to end (`packed`), each wrapped layer adds what
 
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,13 +48,6 @@ class _Flight:
     mixture: Mixture | None = None
     hidden: Tensor | None = None
     change: Change | None = None
-
-
-class _FlightByThread(threading.local, _Flight):
-    """On a CPU training computes parts of a batch at once, each with its backward pass in a thread of its own.
-
-    Elsewhere it does not, and torch goes backwards in threads that are nobody's.
-    """
 
 
 class _AdaptedLinear(nn.Module):
@@ -109,7 +101,7 @@ class Engine:
     def __init__(self, backbone: Backbone) -> None:
         """Takes the backbone over: its own head is cut off, so the stock model returns the states that head sees."""
         self.backbone = backbone
-        self._flight = _FlightByThread() if backbone.device.type == "cpu" else _Flight()
+        self._flight = _Flight()
         self._wrapped: set[str] = set()
         self._fitting: set[object] = set()
         head = _linear(backbone.model, backbone.head_name)
@@ -199,7 +191,7 @@ class Engine:
 
     @contextmanager
     def changed(self, change: Change) -> Iterator[None]:
-        """Until it ends, `change` computes the layers that were attached, in this thread: training's own.
+        """Until it ends, `change` computes the layers that were attached: training's own.
 
         Backward passes belong inside, since gradient checkpointing computes layers again.
         """
@@ -208,13 +200,6 @@ class Engine:
             yield
         finally:
             self._flight.change = None
-
-    def packs(self, longest: int) -> bool:
-        """Whether rows of up to so many tokens go end to end. If so, threads may compute some each from here on."""
-        fits = longest <= self._longest_packed
-        if fits:
-            self._attend_by(packed.NAME)  # the model's own switch, which no two of them must find in different places
-        return fits
 
     def head_states(self, ids: Sequence[list[int]]) -> Tensor:
         """`(B, H')` of B texts, shortest first: what the stock head sees, float32, with gradients."""

@@ -1,5 +1,4 @@
 import json
-import math
 import shutil
 
 import numpy as np
@@ -154,29 +153,43 @@ def test_a_batch_cut_into_parts_has_the_gradient_of_the_whole(tiny_models, tmp_p
         torch.testing.assert_close(parts.trainable.weights[key].grad, weights.grad, atol=1e-6, rtol=1e-3)
 
 
-def test_parts_go_side_by_side_only_where_all_rows_lie_end_to_end(tiny_models, monkeypatch):
-    """transformers' switch of attention is the model's: two threads must not find it in different places."""
+@pytest.fixture
+def two_cores(monkeypatch):
     monkeypatch.setattr(training, "LEAST_TOKENS", 1)
-    losses, workers = [], []
+    monkeypatch.setattr(training, "LEAST_STEPS", 1)
     torch.set_num_threads(2)
-    try:
-        for longest in (math.inf, int(np.median(encode_rows(tiny_models).lengths))):
-            engine = frozen(tiny_models, QWEN3).engine
-            engine._longest_packed = longest
-            run = Run(
-                Trainable.start(engine, 4, 8, 0.0, 4, None, 3), recipe(dropout=0.0), TRAIN, VALIDATION, None, print
-            )
-            workers.append(run._workers)
-            losses.append([loss.item() for loss in run.epoch()])
+    yield
+    torch.set_num_threads(1)
+
+
+def a_run(models_dir, **changes):
+    trainable = Trainable.start(frozen(models_dir, BERT).engine, 4, 8, 0.05, 4, None, 3)
+    return Run(trainable, recipe(**changes), TRAIN, VALIDATION, None, print)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_process_beside_it_computes_the_same_and_where_it_is_killed_the_attempt_can_be_gone_on_with(tiny_models):
+    alone, helped = a_run(tiny_models), a_run(tiny_models)
+    alone.state.rows_at_once = 8  # the same two parts of a batch
+    with helped.helped():
+        losses = [loss.item() for loss in helped.epoch()]
+        assert len(helped._helpers) == 1
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
-    assert workers == [2, 1]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+        weights = helped.weights()
+        helped._helpers[0]._process.kill()
+        with pytest.raises(Stopped):
+            list(helped.epoch())
+    assert not helped._helpers[0]._process.is_alive()
+    torch.set_num_threads(1)
+    assert [loss.item() for loss in alone.epoch()] == losses
+    for key, expected in alone.trainable.weights.items():
+        assert torch.equal(weights[key], expected), key
 
 
-def encode_rows(models_dir):
-    return encode(frozen(models_dir, QWEN3).engine.backbone.tokenizer, TRAIN.texts, MAX_LENGTH)
+def test_a_short_run_starts_no_processes(tiny_models):
+    run = a_run(tiny_models)
+    with run.helped():
+        assert not run._helpers
 
 
 def test_a_base_whose_attention_reads_something_else_than_tokens_is_refused(tiny_models):

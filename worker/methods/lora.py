@@ -23,10 +23,11 @@ from service.ml.engine import MAX_ROWS, TOKEN_BUDGET, Engine
 from service.ml.manifest import States
 from worker.methods.checkpoint import TrainingState, discard, newest
 from worker.methods.frozen import FrozenBase, fit_probe
+from worker.methods.parts import LABEL_SMOOTHING
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.methods.recipe import LoraRecipe
 from worker.methods.trainable import Trainable, Weights
-from worker.methods.training import LABEL_SMOOTHING, OnEvent, Run
+from worker.methods.training import OnEvent, Run
 from worker.stop import Stop
 
 LOSS_EVENTS = 200  # of a whole run, so that a curve can be drawn while it grows
@@ -133,7 +134,8 @@ class Lora:
             epoch, step = divmod(run.steps_done - 1, run.steps_per_epoch)
             text = f"Training goes on from its checkpoint: epoch {epoch + 1}, step {step + 1} of {run.steps_per_epoch}."
             self.on_resume(0.1 + 0.9 * run.steps_done / (run.steps_per_epoch * recipe.epochs), text)
-        self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
+        with run.helped():
+            self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
         return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(device))
 

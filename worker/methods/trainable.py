@@ -4,7 +4,6 @@ The frozen model runs in the engine, as it does in serving; here is what its wra
 """
 
 import json
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.nn.functional import linear
 from service.core.errors import ModelUnavailable
 from service.ml.adapter import CONFIG, WEIGHTS, Adapter, Layout, Linear
 from service.ml.backbone import WRAPPED, Backbone
+from service.ml.encode import encode
 from service.ml.engine import Engine
 from worker.methods.frozen import Probe
 
@@ -34,10 +34,30 @@ class _AtHand:
     kept: Tensor | None = None
     positions: tuple[int, int] = (0, 0)
     """How many tokens there are, end to end and padded."""
+    read: Tensor | None = None
+    ahead: dict[str, Tensor]
+    """What layers that read the same, `read`, have been computed to."""
 
 
-class _AtHandByThread(threading.local, _AtHand):
-    """As the engine's flight is."""
+@dataclass(frozen=True)
+class _Together:
+    """Layers that read the same, as one product: `weight` (sum of their outputs, in), `bias` or None."""
+
+    names: tuple[str, ...]
+    weight: Tensor
+    bias: Tensor | None
+    widths: list[int]
+
+    @classmethod
+    def of(cls, layers: Mapping[str, nn.Linear]) -> "_Together":
+        """The layers' own weights become views of these: nothing is held twice."""
+        widths = [layer.out_features for layer in layers.values()]
+        weight, biases = torch.cat([layer.weight.data for layer in layers.values()]), []
+        for layer, own in zip(layers.values(), torch.split(weight, widths), strict=True):
+            layer.weight.data = own
+            if layer.bias is not None:
+                biases.append(layer.bias.data)
+        return cls(tuple(layers), weight, torch.cat(biases) if biases else None, widths)
 
 
 @dataclass
@@ -59,17 +79,39 @@ class Trainable:
     dropout: float
     weights: Weights
     _scales: Tensor = field(init=False)
-    _at_hand: _AtHand = field(init=False)
+    _at_hand: _AtHand = field(init=False, default_factory=_AtHand)
+    _together: dict[str, _Together] = field(init=False)
+    """By the first of the layers."""
 
     def __post_init__(self) -> None:
         halves = [torch.tensor([1.0, self.scale]).repeat_interleave(torch.tensor([rank * n_in, rank * n_out]))
                   for _name, rank, n_in, n_out in self.layout.layers]  # fmt: skip
         device = self.engine.backbone.device
         self._scales = torch.cat(halves).to(device)
-        self._at_hand = _AtHandByThread() if device.type == "cpu" else _AtHand()
         for tensor in self.weights.values():
             tensor.requires_grad_()
         self.engine.attach(self.adapter(self.weights, ()))
+        self._together = {next(iter(layers)): _Together.of(layers) for layers in self._readers()}
+
+    def _readers(self) -> list[dict[str, nn.Linear]]:
+        """The wrapped layers, by what they are seen to read."""
+        found: list[dict[str, nn.Linear]] = []
+        before: Tensor | None = None
+
+        def notice(name: str, base: nn.Linear, x: Tensor) -> Tensor:
+            nonlocal before
+            if name in self.layout.places:
+                if before is not x or (base.bias is None) != (next(iter(found[-1].values())).bias is None):
+                    found.append({})
+                before = x
+                found[-1][name] = base
+            y: Tensor = base(x)
+            return y
+
+        ids = encode(self.engine.backbone.tokenizer, ["a"], 8).ids
+        with torch.no_grad(), self.engine.changed(notice):
+            self.engine.head_states(ids)
+        return found
 
     @classmethod
     def start(
@@ -121,20 +163,30 @@ class Trainable:
         """What a wrapped layer computes in training."""
         if name not in self.layout.places:
             return self._linear(name, x.float()).to(x.dtype)
-        i, rank, n_in, n_out = self.layout.places[name]
-        part, flat = self._at_hand.parts[i], x.flatten(0, -2)
+        if self._at_hand.read is x and name in self._at_hand.ahead:
+            return self._at_hand.ahead.pop(name)
+        flat = x.flatten(0, -2)
         if len(flat) not in self._at_hand.positions:
             raise ModelUnavailable(
                 f"The base model cannot be fine-tuned: {name} reads something else than the tokens of a text.",
                 hint="Use another base model, or a baseline job on this one.",
             )
-        read = flat
+        read, i = flat, self.layout.places[name][0]
         if self._at_hand.kept is not None:
             read = flat * self._at_hand.kept[_SHIFT * i :][: flat.numel()].view_as(flat)
-        down, up = part[: rank * n_in].view(n_in, rank), part[rank * n_in :].view(rank, n_out)
+        together = self._together[name]
+        downs, ups = zip(*map(self._pair, together.names), strict=True)
+        down, up = torch.cat(downs, 1), torch.block_diag(*ups)  # type: ignore[no-untyped-call]
         # In the base's precision: PEFT keeps a float32 copy of every layer's input.
-        y: Tensor = base(flat).addmm_(read @ down, up)
-        return y.view(*x.shape[:-1], n_out)
+        y = linear(flat, together.weight, together.bias).addmm_(read @ down, up)
+        outputs = dict(zip(together.names, torch.split(y.view(*x.shape[:-1], -1), together.widths, -1), strict=True))
+        self._at_hand.read, self._at_hand.ahead = x, outputs
+        return outputs.pop(name)
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        i, rank, n_in, n_out = self.layout.places[name]
+        part = self._at_hand.parts[i]
+        return part[: rank * n_in].view(n_in, rank), part[rank * n_in :].view(rank, n_out)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))

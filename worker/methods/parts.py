@@ -1,0 +1,143 @@
+"""Parts of a batch: their loss and gradients, computed here or by processes of their own beside this one."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from service.ml.backbone import load_backbone
+from service.ml.engine import Engine
+from worker.methods.trainable import Trainable
+from worker.stop import Stopped
+
+log = logging.getLogger("tuneproof.training")
+LABEL_SMOOTHING = 0.1
+Computed = tuple[Tensor, tuple[Tensor, ...]]
+"""A part's loss and the gradients of all weights."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a batch, shortest first.
+
+    Args:
+        rows: Positions among the train rows.
+        whole: What the batch's losses are divided by.
+        seed: Of what is dropped.
+    """
+
+    rows: NDArray[np.int64]
+    whole: float
+    seed: int
+
+
+class Parts:
+    """What computes them: the weights as they are at the time, and the train rows.
+
+    Args:
+        trainable: The weights, on an engine.
+        ids: N lists of token ids.
+        targets: `(N,)` label ids.
+        of_label: `(K,)`, each label's weight.
+    """
+
+    def __init__(self, trainable: Trainable, ids: list[list[int]], targets: Tensor, of_label: Tensor) -> None:
+        self.trainable, self.ids, self.targets, self.of_label = trainable, ids, targets, of_label
+        self.checkpointing = False
+        self._loss = nn.CrossEntropyLoss(weight=of_label, label_smoothing=LABEL_SMOOTHING, reduction="sum")
+
+    def checkpoint_activations(self) -> None:
+        """From here on they are computed twice instead of kept."""
+        self.checkpointing = True
+        model: Any = self.trainable.engine.backbone.model
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def compute(self, part: Part) -> Computed:
+        trainable = self.trainable
+        model, device = trainable.engine.backbone.model, trainable.engine.backbone.device
+        drawn = torch.Generator(device).manual_seed(part.seed)
+        model.train(self.checkpointing)  # transformers asks; every dropout of the base is 0
+        try:
+            with trainable.engine.changed(trainable.change):
+                logits = trainable.logits([self.ids[i] for i in part.rows], drawn)
+                loss = self._loss(logits, self.targets[part.rows]) / part.whole
+                return loss.detach(), torch.autograd.grad(loss, list(trainable.weights.values()))
+        finally:
+            model.eval()
+
+
+class Helper:
+    """A process that computes parts as this one does, on the same weights in shared memory. For CPUs.
+
+    Threads of one process take turns at Python, a thousand times a step. Raises Stopped where the process is gone: the
+    attempt is given up as if this one were, and the next goes on from the checkpoint.
+    """
+
+    def __init__(self, parts: Parts, threads: int) -> None:
+        # Started anew, not forked: a copy of a process with threads hangs where one of them held a lock.
+        context = torch.multiprocessing.get_context("spawn")
+        trainable = parts.trainable
+        weights = {name: tensor.detach() for name, tensor in trainable.weights.items()}
+        self._gradients = tuple(torch.zeros_like(tensor) for tensor in weights.values())
+        for tensor in (*weights.values(), *self._gradients):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        backbone = trainable.engine.backbone
+        self._pipe, theirs = context.Pipe()
+        given = (
+            backbone.source, next(backbone.model.parameters()).dtype, trainable.layout, trainable.scale,
+            trainable.dropout, weights, parts.ids, parts.targets, parts.of_label, parts.checkpointing,
+        )  # fmt: skip
+        self._process = context.Process(target=_help, args=(theirs, threads, self._gradients, given))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "Helper":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def begin(self, part: Part) -> None:
+        with _or_stopped():
+            self._pipe.send(part)
+
+    def computed(self) -> Computed:
+        """Of the part that was begun; its gradients stand until the next is begun."""
+        with _or_stopped():
+            return torch.tensor(self._pipe.recv()), self._gradients
+
+
+@contextmanager
+def _or_stopped() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError) as error:
+        log.error("a process that computed parts of a batch is gone")
+        raise Stopped from error
+
+
+def _help(pipe: Connection, threads: int, gradients: tuple[Tensor, ...], given: tuple[Any, ...]) -> None:
+    """Ends when the other end of the pipe is closed, however that comes about."""
+    for told in (signal.SIGTERM, signal.SIGINT):  # a whole group may be: the other has a step to end
+        signal.signal(told, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    source, dtype, layout, scale, dropout, weights, ids, targets, of_label, checkpointing = given
+    engine = Engine(load_backbone(source, device=torch.device("cpu"), dtype=dtype))
+    parts = Parts(Trainable(engine, layout, scale, dropout, weights), ids, targets, of_label)
+    if checkpointing:
+        parts.checkpoint_activations()
+    with suppress(EOFError, OSError):
+        while True:
+            loss, computed = parts.compute(pipe.recv())
+            for kept, gradient in zip(gradients, computed, strict=True):
+                kept.copy_(gradient)
+            pipe.send(float(loss))
