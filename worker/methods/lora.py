@@ -134,10 +134,10 @@ class Lora:
             epoch, step = divmod(run.steps_done - 1, run.steps_per_epoch)
             text = f"Training goes on from its checkpoint: epoch {epoch + 1}, step {step + 1} of {run.steps_per_epoch}."
             self.on_resume(0.1 + 0.9 * run.steps_done / (run.steps_per_epoch * recipe.epochs), text)
-        with run.helped():
+        with run.helped() as n_helpers:
             self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
-        return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(device))
+        return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(device, n_helpers))
 
     def _engine(self) -> Engine:
         """The base's own where it is of the precision asked for, else another, which the base keeps."""
@@ -219,10 +219,11 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, else the process's largest resident size."""
+def _peak_memory(device: torch.device, n_helpers: int) -> int:
+    """Bytes: of the GPU's allocator, else the largest resident size of the process and of each that helped it."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    own, of_one = (resource.getrusage(whose).ru_maxrss for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + n_helpers * of_one) * 1024

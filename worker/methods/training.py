@@ -96,15 +96,15 @@ class Run:
         self.state.epoch, self.state.step = self.state.epoch + 1, 0
 
     @contextmanager
-    def helped(self) -> Iterator[None]:
-        """Until it ends, on a CPU: parts of a batch are computed on cores of their own."""
+    def helped(self) -> Iterator[int]:
+        """Until it ends, on a CPU: parts of a batch are computed by so many processes beside this one."""
         n = 1
         if self.device.type == "cpu" and self.steps_per_epoch * self.recipe.epochs >= LEAST_STEPS:
             tokens = float(self.lengths.mean()) * self.recipe.batch_size
             n = int(np.clip(tokens // LEAST_TOKENS, 1, self._threads))
         with ExitStack() as held:
             self._helpers = [held.enter_context(Helper(self._here, self._threads // n)) for _ in range(n - 1)]
-            yield
+            yield n - 1
 
     def _steps(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
         for rows in batches:
