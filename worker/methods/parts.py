@@ -97,6 +97,7 @@ class Helper:
         )  # fmt: skip
         self._process = context.Process(target=_help, args=(theirs, threads, self._gradients, given))
         self._process.start()
+        self._loaded = False
         theirs.close()
 
     def __enter__(self) -> "Helper":
@@ -105,6 +106,11 @@ class Helper:
     def __exit__(self, *_: object) -> None:
         self._pipe.close()
         self._process.join()
+
+    def wait(self) -> None:
+        """Until it has loaded the base."""
+        with _or_stopped():
+            self._loaded = self._loaded or self._pipe.recv()
 
     def begin(self, part: Part) -> None:
         with _or_stopped():
@@ -136,6 +142,7 @@ def _help(pipe: Connection, threads: int, gradients: tuple[Tensor, ...], given: 
     if checkpointing:
         parts.checkpoint_activations()
     with suppress(EOFError, OSError):
+        pipe.send(True)
         while True:
             loss, computed = parts.compute(pipe.recv())
             for kept, gradient in zip(gradients, computed, strict=True):

@@ -88,6 +88,8 @@ class Run:
         """The steps of the epoch at hand that are still to do; gives each one's loss when it is done."""
         rng = np.random.default_rng([self.recipe.seed, self.state.epoch + 1])
         batches = list(epoch_batches(self.lengths, self.recipe.batch_size, rng))
+        for helper in self._helpers:
+            helper.wait()
         torch.set_num_threads(self._threads // (1 + len(self._helpers)))
         try:
             yield from self._steps(batches[self.state.step :])
