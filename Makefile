@@ -22,7 +22,7 @@ run: setup ## Start the API and one worker on what is in ./data
 	@$(BIN)/tuneproof up
 
 test: setup ## The tests, in under five minutes on two cores
-	$(BIN)/pytest -m "not more and not gpu and not acceptance and not calibrate and not chaos"
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m "not more and not gpu and not acceptance and not calibrate and not chaos"
 
 test-more: setup ## What is heavier, or needs servers or browsers
 	$(BIN)/pytest -m more
