@@ -181,9 +181,12 @@ class EngineHandle:
             start_new_session=True,
             # Threads that wait spin for some 30 us: to be woken costs a small batch half its speed, and longer ones
             # would take the cores from training on the same machine. bf16 products of every new size are kept twice, by
-            # torch and by oneDNN: a gigabyte of them after ten minutes, and no faster, as sizes rarely
-            # recur. A batch of adapters of one rank has five.
-            env={"GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "10", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10"}
+            # torch and by oneDNN: a gigabyte of them after ten minutes, and no faster, as sizes rarely recur. A batch
+            # of adapters of one rank has five. And one heap for all threads: what one lets go of, another can use.
+            env={
+                "GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "10", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10",
+                "MALLOC_ARENA_MAX": "1",
+            }
             | os.environ,
         )  # fmt: skip
         self._process = process
