@@ -23,6 +23,7 @@ from worker.methods import training
 from worker.methods.checkpoint import Checkpoint, newest
 from worker.methods.frozen import FrozenBase, fit_probe
 from worker.methods.lora import Lora
+from worker.methods.parts import Part
 from worker.methods.protocol import Rows
 from worker.methods.recipe import LoraRecipe, auto_learning_rate
 from worker.methods.trainable import LORA, Trainable, lora_layout
@@ -186,10 +187,63 @@ def test_a_process_beside_it_computes_the_same_and_where_it_is_killed_the_attemp
         assert torch.equal(weights[key], expected), key
 
 
-def test_a_short_run_starts_no_processes(tiny_models):
+def test_a_short_run_starts_no_processes_nor_does_one_on_a_large_base(tiny_models, monkeypatch):
+    torch.set_num_threads(2)
+    try:
+        with a_run(tiny_models).helped() as helpers:
+            assert not helpers
+        monkeypatch.setattr(training, "LEAST_TOKENS", 1)
+        monkeypatch.setattr(training, "LEAST_STEPS", 1)
+        monkeypatch.setattr(training, "LARGEST_BASE_BYTES", 1000)
+        with a_run(tiny_models).helped() as helpers:
+            assert not helpers
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_layer_that_reads_now_with_these_and_now_with_others_is_a_product_of_its_own(tiny_models, monkeypatch):
+    engine, expected = (frozen(tiny_models, BERT).engine for _ in range(2))
+    readers = Trainable._readers
+
+    def shared(self):
+        first, *rest = readers(self)
+        query = next(iter(first))
+        return [first, {query: first[query]}, *rest]
+
+    ids = encode(engine.backbone.tokenizer, ["a few words"], MAX_LENGTH).ids
+    together = Trainable.start(expected, 4, 8, 0.0, 4, None, 3)
+    monkeypatch.setattr(Trainable, "_readers", shared)
+    alone = Trainable.start(engine, 4, 8, 0.0, 4, None, 3)
+    assert (len(alone._together), len(together._together)) == (8, 4)
+    for ours in (alone, together):
+        for weights in ours.weights.values():
+            weights.data += 0.1
+    with engine.changed(alone.change), expected.changed(together.change):
+        torch.testing.assert_close(alone.logits(ids), together.logits(ids))
+
+
+def test_after_rows_that_did_not_fit_nothing_of_them_is_held(tiny_models, monkeypatch):
     run = a_run(tiny_models)
-    with run.helped():
-        assert not run._helpers
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(run._here, "_loss", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        run._here.compute(Part(np.arange(4), 1.0, 0))
+    assert run.trainable._at_hand.read is None
+    assert not run.trainable._at_hand.parts
+
+
+def test_what_is_computed_together_may_be_written_to(tiny_models):
+    engine = frozen(tiny_models, BERT).engine
+    ours = Trainable.start(engine, 4, 8, 0.0, 4, None, 3)
+    name, x = next(iter(ours._together)), torch.randn(1, 3, 64)
+    ours._at_hand.parts, ours._at_hand.positions = ours.weights[LORA].split(ours.layout.sizes), (3, 3)
+    y = ours.change(name, None, x)
+    y /= 2  # as Longformer's attention does with its queries
+    y.sum().backward()
+    assert ours.weights[LORA].grad.abs().sum() > 0
 
 
 def test_a_base_whose_attention_reads_something_else_than_tokens_is_refused(tiny_models):

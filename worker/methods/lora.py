@@ -23,7 +23,7 @@ from service.ml.engine import MAX_ROWS, TOKEN_BUDGET, Engine
 from service.ml.manifest import States
 from worker.methods.checkpoint import TrainingState, discard, newest
 from worker.methods.frozen import FrozenBase, fit_probe
-from worker.methods.parts import LABEL_SMOOTHING
+from worker.methods.parts import LABEL_SMOOTHING, Helper, peak_bytes
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.methods.recipe import LoraRecipe
 from worker.methods.trainable import Trainable, Weights
@@ -134,10 +134,10 @@ class Lora:
             epoch, step = divmod(run.steps_done - 1, run.steps_per_epoch)
             text = f"Training goes on from its checkpoint: epoch {epoch + 1}, step {step + 1} of {run.steps_per_epoch}."
             self.on_resume(0.1 + 0.9 * run.steps_done / (run.steps_per_epoch * recipe.epochs), text)
-        with run.helped() as n_helpers:
+        with run.helped() as helpers:
             self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
-        return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(device, n_helpers))
+        return Trained(trainable, run.best, recipe, run.state, truncated, _peak_memory(device, helpers))
 
     def _engine(self) -> Engine:
         """The base's own where it is of the precision asked for, else another, which the base keeps."""
@@ -154,6 +154,7 @@ class Lora:
         saved = time.monotonic()
         if not state.history:
             self._judge(run)
+        run.wait_for_helpers()  # here, where a stop need not wait for it
         while state.epoch < epochs and not self._out_of_patience(state):
             number, recent = state.epoch + 1, []
             for loss in self._until_stopped(run):
@@ -219,11 +220,8 @@ def _finite(figures: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def _peak_memory(device: torch.device, n_helpers: int) -> int:
-    """Bytes: of the GPU's allocator, else the largest resident size of the process and of each that helped it."""
+def _peak_memory(device: torch.device, helpers: Sequence[Helper]) -> int:
+    """Bytes: of the GPU's allocator, else the largest resident sizes of the process and of those that helped it."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    own, of_one = (resource.getrusage(whose).ru_maxrss for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + n_helpers * of_one) * 1024
+    return peak_bytes() + sum(helper.peak_bytes for helper in helpers)

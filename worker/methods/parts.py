@@ -1,11 +1,13 @@
 """Parts of a batch: their loss and gradients, computed here or by processes of their own beside this one."""
 
-import logging
+import resource
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,7 @@ from torch import Tensor, nn
 from service.ml.backbone import load_backbone
 from service.ml.engine import Engine
 from worker.methods.trainable import Trainable
-from worker.stop import Stopped
 
-log = logging.getLogger("tuneproof.training")
 LABEL_SMOOTHING = 0.1
 Computed = tuple[Tensor, tuple[Tensor, ...]]
 """A part's loss and the gradients of all weights."""
@@ -72,32 +72,39 @@ class Parts:
                 return loss.detach(), torch.autograd.grad(loss, list(trainable.weights.values()))
         finally:
             model.eval()
+            trainable.let_go()
+
+
+class HelperGone(Exception):
+    """A helper has ended by itself or by the system's hand."""
 
 
 class Helper:
     """A process that computes parts as this one does, on the same weights in shared memory. For CPUs.
 
-    Threads of one process take turns at Python, a thousand times a step. Raises Stopped where the process is gone: the
-    attempt is given up as if this one were, and the next goes on from the checkpoint.
+    Threads of one process take turns at Python, a thousand times a step. Raises HelperGone where the process is.
     """
+
+    peak_bytes = 0
+    _loaded = False
 
     def __init__(self, parts: Parts, threads: int) -> None:
         # Started anew, not forked: a copy of a process with threads hangs where one of them held a lock.
         context = torch.multiprocessing.get_context("spawn")
-        trainable = parts.trainable
+        trainable, backbone = parts.trainable, parts.trainable.engine.backbone
         weights = {name: tensor.detach() for name, tensor in trainable.weights.items()}
         self._gradients = tuple(torch.zeros_like(tensor) for tensor in weights.values())
         for tensor in (*weights.values(), *self._gradients):
             tensor.share_memory_()  # type: ignore[no-untyped-call]
-        backbone = trainable.engine.backbone
         self._pipe, theirs = context.Pipe()
+        lengths = torch.tensor([len(row) for row in parts.ids])
         given = (
             backbone.source, next(backbone.model.parameters()).dtype, trainable.layout, trainable.scale,
-            trainable.dropout, weights, parts.ids, parts.targets, parts.of_label, parts.checkpointing,
+            trainable.dropout, weights, torch.tensor([token for row in parts.ids for token in row]), lengths,
+            parts.targets, parts.of_label, parts.checkpointing,
         )  # fmt: skip
         self._process = context.Process(target=_help, args=(theirs, threads, self._gradients, given))
         self._process.start()
-        self._loaded = False
         theirs.close()
 
     def __enter__(self) -> "Helper":
@@ -105,30 +112,40 @@ class Helper:
 
     def __exit__(self, *_: object) -> None:
         self._pipe.close()
+        self._process.kill()  # it has nothing of its own, and may be loading or at work
         self._process.join()
 
     def wait(self) -> None:
         """Until it has loaded the base."""
-        with _or_stopped():
+        with _or_gone():
             self._loaded = self._loaded or self._pipe.recv()
 
     def begin(self, part: Part) -> None:
-        with _or_stopped():
+        self.wait()
+        with _or_gone():
             self._pipe.send(part)
 
     def computed(self) -> Computed:
         """Of the part that was begun; its gradients stand until the next is begun."""
-        with _or_stopped():
-            return torch.tensor(self._pipe.recv()), self._gradients
+        with _or_gone():
+            loss, self.peak_bytes = self._pipe.recv()
+            return torch.tensor(loss), self._gradients
 
 
 @contextmanager
-def _or_stopped() -> Iterator[None]:
+def _or_gone() -> Iterator[None]:
     try:
         yield
     except (EOFError, OSError) as error:
-        log.error("a process that computed parts of a batch is gone")
-        raise Stopped from error
+        raise HelperGone("a process that computed parts of the batches is gone; memory may have run out.") from error
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage has begins with the size of whoever started the process
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _help(pipe: Connection, threads: int, gradients: tuple[Tensor, ...], given: tuple[Any, ...]) -> None:
@@ -136,8 +153,9 @@ def _help(pipe: Connection, threads: int, gradients: tuple[Tensor, ...], given: 
     for told in (signal.SIGTERM, signal.SIGINT):  # a whole group may be: the other has a step to end
         signal.signal(told, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    source, dtype, layout, scale, dropout, weights, ids, targets, of_label, checkpointing = given
+    source, dtype, layout, scale, dropout, weights, tokens, lengths, targets, of_label, checkpointing = given
     engine = Engine(load_backbone(source, device=torch.device("cpu"), dtype=dtype))
+    ids = [row.tolist() for row in torch.split(tokens, lengths.tolist())]
     parts = Parts(Trainable(engine, layout, scale, dropout, weights), ids, targets, of_label)
     if checkpointing:
         parts.checkpoint_activations()
@@ -147,4 +165,4 @@ def _help(pipe: Connection, threads: int, gradients: tuple[Tensor, ...], given: 
             loss, computed = parts.compute(pipe.recv())
             for kept, gradient in zip(gradients, computed, strict=True):
                 kept.copy_(gradient)
-            pipe.send(float(loss))
+            pipe.send((float(loss), peak_bytes()))

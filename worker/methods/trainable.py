@@ -24,9 +24,10 @@ from worker.methods.frozen import Probe
 Weights = dict[str, Tensor]
 LORA = "lora"
 _PEFTS_OWN = ("classifier", "score")  # it trains and saves modules of these names whatever it is told
-_SHIFT = 8191  # a prime: no two layers drop the same places
+_SHIFT = 8191  # a prime: no two products drop the same places
 
 
+@dataclass
 class _AtHand:
     """Of the rows being computed: LoRA by layer in the base's precision, and what dropout keeps."""
 
@@ -35,7 +36,7 @@ class _AtHand:
     positions: tuple[int, int] = (0, 0)
     """How many tokens there are, end to end and padded."""
     read: Tensor | None = None
-    ahead: dict[str, Tensor]
+    ahead: dict[str, Tensor] = field(default_factory=dict)
     """What layers that read the same, `read`, have been computed to."""
 
 
@@ -91,7 +92,10 @@ class Trainable:
         for tensor in self.weights.values():
             tensor.requires_grad_()
         self.engine.attach(self.adapter(self.weights, ()))
-        self._together = {next(iter(layers)): _Together.of(layers) for layers in self._readers()}
+        groups = {tuple(layers): layers for layers in self._readers()}
+        if sum(map(len, groups)) > len(self.layout.layers):  # one reads now with these, now with those
+            groups = {(name,): {name: layer} for layers in groups.values() for name, layer in layers.items()}
+        self._together = {names[0]: _Together.of(layers) for names, layers in groups.items()}
 
     def _readers(self) -> list[dict[str, nn.Linear]]:
         """The wrapped layers, by what they are seen to read."""
@@ -159,6 +163,10 @@ class Trainable:
         states = self.engine.head_states(ids)
         return self._linear(self.engine.backbone.head_name, states)
 
+    def let_go(self) -> None:
+        """Of what the last rows left behind; after an error that is all of their activations."""
+        self._at_hand = _AtHand()
+
     def change(self, name: str, base: nn.Linear, x: Tensor) -> Tensor:
         """What a wrapped layer computes in training."""
         if name not in self.layout.places:
@@ -179,7 +187,9 @@ class Trainable:
         down, up = torch.cat(downs, 1), torch.block_diag(*ups)  # type: ignore[no-untyped-call]
         # In the base's precision: PEFT keeps a float32 copy of every layer's input.
         y = linear(flat, together.weight, together.bias).addmm_(read @ down, up)
-        outputs = dict(zip(together.names, torch.split(y.view(*x.shape[:-1], -1), together.widths, -1), strict=True))
+        # What is cut off may be written to, as Longformer's attention does.
+        cut = torch.unsafe_split_with_sizes(y.view(*x.shape[:-1], -1), together.widths, -1)
+        outputs = dict(zip(together.names, cut, strict=True))
         self._at_hand.read, self._at_hand.ahead = x, outputs
         return outputs.pop(name)
 

@@ -17,10 +17,11 @@ from service.core.errors import OutOfMemory
 from service.ml.encode import encode
 from service.ml.engine import TOKEN_BUDGET
 from worker.methods.checkpoint import Checkpoint, TrainingState, optimizer_tensors, restore_optimizer
-from worker.methods.parts import Computed, Helper, Part, Parts
+from worker.methods.parts import Computed, Helper, HelperGone, Part, Parts
 from worker.methods.protocol import Rows
 from worker.methods.recipe import LoraRecipe
 from worker.methods.trainable import Trainable, Weights
+from worker.stop import Stopped
 
 WARMUP = 0.06
 WEIGHT_DECAY = 0.01
@@ -28,8 +29,9 @@ MAX_GRADIENT_NORM = 1.0
 # Of the moving average of the weights, which is what is judged and kept: on BANKING77 its validation macro-F1 stood
 # about 0.01 above the last step's in the middle of training. Shorter while little has been averaged.
 AVERAGE_DECAY = 0.997
-# What a helper has to do at least, so that starting it pays: tokens of a batch, and steps of a run.
-LEAST_TOKENS, LEAST_STEPS = 128, 100
+# What a helper has to do at least, so that starting it pays: tokens of a batch, and steps of a run. Each loads the base
+# anew, and the products of a large one keep all cores at work by themselves.
+LEAST_TOKENS, LEAST_STEPS, MOST_HELPERS, LARGEST_BASE_BYTES = 128, 100, 3, 500_000_000
 
 OnEvent = Callable[[str, str, dict[str, Any]], None]
 """Called with an event's type, message and data."""
@@ -88,8 +90,6 @@ class Run:
         """The steps of the epoch at hand that are still to do; gives each one's loss when it is done."""
         rng = np.random.default_rng([self.recipe.seed, self.state.epoch + 1])
         batches = list(epoch_batches(self.lengths, self.recipe.batch_size, rng))
-        for helper in self._helpers:
-            helper.wait()
         torch.set_num_threads(self._threads // (1 + len(self._helpers)))
         try:
             yield from self._steps(batches[self.state.step :])
@@ -98,15 +98,31 @@ class Run:
         self.state.epoch, self.state.step = self.state.epoch + 1, 0
 
     @contextmanager
-    def helped(self) -> Iterator[int]:
-        """Until it ends, on a CPU: parts of a batch are computed by so many processes beside this one."""
-        n = 1
-        if self.device.type == "cpu" and self.steps_per_epoch * self.recipe.epochs >= LEAST_STEPS:
-            tokens = float(self.lengths.mean()) * self.recipe.batch_size
-            n = int(np.clip(tokens // LEAST_TOKENS, 1, self._threads))
+    def helped(self) -> Iterator[list[Helper]]:
+        """Until it ends, on a CPU: parts of a batch are computed by processes beside this one."""
+        base_bytes = sum(p.numel() * p.element_size() for p in self._model.parameters())
+        pays = self.steps_per_epoch * self.recipe.epochs >= LEAST_STEPS and base_bytes <= LARGEST_BASE_BYTES
+        n_tokens = float(self.lengths.mean()) * self.recipe.batch_size
+        most = min(self._threads, 1 + MOST_HELPERS) if self.device.type == "cpu" and pays else 1
+        n = int(np.clip(n_tokens // LEAST_TOKENS, 1, most))
         with ExitStack() as held:
             self._helpers = [held.enter_context(Helper(self._here, self._threads // n)) for _ in range(n - 1)]
-            yield n - 1
+            yield self._helpers
+
+    def wait_for_helpers(self) -> None:
+        """Until all have loaded the base; what begins a step waits too."""
+        with self._helpers_there():
+            for helper in self._helpers:
+                helper.wait()
+
+    @contextmanager
+    def _helpers_there(self) -> Iterator[None]:
+        """Where one is not, it is as if this process had been killed: the next attempt goes on from the checkpoint."""
+        try:
+            yield
+        except HelperGone as error:
+            self._on_event("message", f"This attempt is given up: {error}", {})
+            raise Stopped from error
 
     def _steps(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
         for rows in batches:
@@ -206,11 +222,12 @@ class Run:
         at_once = 1 + len(self._helpers)
         for start in range(0, len(parts), at_once):
             mine, *theirs = parts[start : start + at_once]
-            for helper, part in zip(self._helpers, theirs, strict=False):
-                helper.begin(part)
-            yield self._here.compute(mine)
-            for helper, _part in zip(self._helpers, theirs, strict=False):
-                yield helper.computed()
+            with self._helpers_there():
+                for helper, part in zip(self._helpers, theirs, strict=False):
+                    helper.begin(part)
+                yield self._here.compute(mine)
+                for helper, _part in zip(self._helpers, theirs, strict=False):
+                    yield helper.computed()
 
     def _parts(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Positions of rows, shortest first, in parts of about equally many tokens."""
