@@ -255,11 +255,11 @@ class Bulk:
                 min_confidence=self.spec.min_confidence, on_rows=self._pace(tally.rows, n_rows),
                 on_part=self.reporter.checkpoint,
             )  # fmt: skip
+            parts.join(header(adapter, self.spec.top_k), self.out / "predictions.csv")
         except Stopped:
             if parts.end() or parts.n:  # every block that was scored is written by now
                 self.reporter.checkpoint(parts.folder)
             raise
-        parts.join(header(adapter, self.spec.top_k), self.out / "predictions.csv")
         self._warn(tally)
         self.reporter.result(self._summary(tally), [])
 

@@ -17,7 +17,7 @@ class Stop:
     _waits = False
 
     def listen(self) -> None:
-        """From here on SIGTERM raises `Stopped`, wherever the process is."""
+        """From here on SIGTERM raises `Stopped`, wherever the process is, once."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
     @contextmanager
@@ -32,6 +32,6 @@ class Stop:
             raise Stopped
 
     def _on_signal(self, _signal: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        if not self._waits:
+        first, self.asked = not self.asked, True  # a second one would break off what the first makes end well
+        if first and not self._waits:
             raise Stopped

@@ -318,6 +318,20 @@ def test_a_job_told_to_stop_keeps_the_blocks_that_were_scored_though_no_part_is_
     assert stopped.written == whole.written
 
 
+def test_a_job_told_to_stop_while_its_parts_are_joined_keeps_the_last_one(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, said = make(table_of(TEXTS)), io.StringIO()
+
+    def join(*_: Any) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(Parts, "join", join)
+    with pytest.raises(Stopped):
+        Bulk(job.folder, Reporter(said)).run()
+    assert json.loads(said.getvalue().splitlines()[-1])["type"] == "checkpoint"
+
+
 def test_a_part_that_could_not_be_written_is_not_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(make(table_of(TEXTS)).folder / "checkpoints" / "parts")
     parts.write([["0", "fits", "", ""]])

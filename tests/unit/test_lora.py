@@ -553,6 +553,13 @@ def test_a_run_told_to_stop_at_its_very_end_still_stops():
         stop._on_signal(15, None)
 
 
+def test_a_second_signal_leaves_what_the_first_one_has_to_clean_up_alone():
+    stop = Stop()
+    with pytest.raises(Stopped):
+        stop._on_signal(15, None)
+    stop._on_signal(15, None)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tiny_models, tmp_path):
     """Else one torn write would fail every attempt."""
     fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=2)
