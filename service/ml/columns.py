@@ -20,7 +20,7 @@ LABEL_NAMES = frozenset(_LABEL_NAMES.split())
 SPLIT_NAMES = frozenset({"split", "partition", "subset", "fold"})
 ID_NAMES = frozenset({"id", "ids", "nr", "uuid", "guid"})
 _NUMBER = re.compile(r"[TZAPM\W_]*\d[\dTZAPM\W_]*")
-_ID = re.compile(r"\S*[\d@]\S*")
+_ID = re.compile(r"[^\s\d@]*[\d@]\S*")  # one way to match, so that a long cell takes no square of its length
 NAME_WORDS = 5  # more are a sentence
 MOST_TOLD = 1_000  # columns; a table of texts has a few
 LONGEST_LABEL = 100  # characters; by shape alone, anything longer is taken for a text
@@ -54,33 +54,35 @@ def column_names(first: Sequence[str], *, has_header: bool) -> list[str]:
     return names
 
 
-def has_header(rows: Rows, asked: Collection[str | None], *, labelled: bool) -> bool | None:
-    """Whether the first row names the columns; None where nothing tells a name from a short text.
+def has_header(rows: Rows, asked: Collection[str | None], learned: str | None, *, labelled: bool) -> tuple[bool, bool]:
+    """Whether the first row names the columns, and whether that is in doubt.
 
-    It does where it holds a name asked for, or only usual names. Otherwise what stands below decides: a label turns up
-    again, a name does not; over numbers, dates and ids a name is none. Over texts alone, names are few words, shorter
-    than nine rows of ten and than two thirds of the middle one; so is one chat message in thirty.
+    It does where it holds a name asked for, or the model's, or only usual names. Otherwise what stands below decides:
+    a label turns up again, a name does not; over numbers, dates and ids a name is none. There a statement is a text
+    even so; a question may be a survey's. Over texts alone, names are few words, shorter than nine rows of ten and than
+    two thirds of the middle one; so is one chat message in thirty.
     """
     first = [_clean(cell) for cell in rows[0]]
-    named = {name for name in asked if name is not None and not _is_index(name)}
-    if named & set(first):
-        return True
-    if named & {f"column_{i}" for i, cell in enumerate(first) if cell}:
-        return False
+    if any(name in first and not _is_index(name) for name in (*asked, learned) if name is not None):
+        return True, False
+    if {f"column_{i}" for i, cell in enumerate(first) if cell}.intersection(asked):
+        return False, False
     usual = [_key(cell) in TEXT_NAMES | LABEL_NAMES | ID_NAMES for cell in first]
     columns = list(zip(first, _columns(rows[1:]), strict=len(rows) > 1))
     if all(usual) or not columns:
-        return any(usual)
+        return any(usual), False
     labels = [cell in values for cell, values in columns if len(first) > 1 and _looks_like_labels(values)]
     if any(labels) or any(usual) or (labels and labelled):
-        return not any(labels)
-    codes = [(cell, values, code) for cell, values in columns if (code := _code_of(values))]
+        return not any(labels), False
+    codes = [_is_among(cell, values, code) for cell, values in columns if (code := _code_of(values))]
+    is_text = any(cell[-1:] in ".!?…。！？" or len(cell.split()) > NAME_WORDS for cell in first if cell)
     if codes or labels:
-        return not any(cell in values or code.fullmatch(cell) for cell, values, code in codes)
-    if any(cell in values or cell[-1:] in ".!?…。！？" or len(cell.split()) > NAME_WORDS for cell, values in columns):
-        return False
+        is_stated = any(cell[-1] in "。！" or (cell[-1] in ".!…" and len(cell.split()) > 2) for cell in first if cell)
+        return not (is_stated or any(codes)), is_text and not any(codes)
+    if is_text or any(not cell or cell in values for cell, values in columns):
+        return False, False
     n_chars, lengths = sum(map(len, first)), sorted(sum(map(len, row)) for row in rows[1:])
-    return (n_chars < lengths[len(lengths) // 10] and 3 * n_chars <= 2 * lengths[len(lengths) // 2]) or None
+    return n_chars < lengths[len(lengths) // 10] and 3 * n_chars <= 2 * lengths[len(lengths) // 2], True
 
 
 def find_column(names: Sequence[str], asked: str, role: str) -> int:
@@ -161,6 +163,12 @@ def _code_of(values: Sequence[str]) -> re.Pattern[str] | None:
     found = [value for value in values if value.strip()]
     kinds = ((code, sum(code.fullmatch(value) is not None for value in found)) for code in (_NUMBER, _ID))
     return next((code for code, n in kinds if 10 * n >= 9 * len(found) > 0), None)
+
+
+def _is_among(cell: str, values: Sequence[str], code: re.Pattern[str]) -> bool:
+    """Whether a cell is one more of the codes; an id has a mark that all have, as `col1` over `AB-17` has not."""
+    marks = set.intersection(*(set(re.sub(r"[^\W_]", "", value)) for value in values if code.fullmatch(value)))
+    return cell in values or bool(code.fullmatch(cell) and (code is _NUMBER or not marks or marks & set(cell)))
 
 
 def _is_spaced(values: Sequence[str]) -> bool:

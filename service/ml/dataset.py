@@ -42,7 +42,8 @@ from service.ml.table import (
 if TYPE_CHECKING:
     import pandas as pd
 
-_UNCLEAR_HEADER = "The first row is read as a text, and may be a header: say has_header=true (--has-header), or false."
+_UNCLEAR_HEADER = "The first row is read as {}: say has_header=true (--has-header), or false."
+_READ_AS = ("a text, and may be a header", "a header, and may be a text")
 _PARTS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
 
@@ -151,7 +152,7 @@ def _profile(
     if not usable.size:
         raise NoRows(f"Expected rows with text{' and label' * table.needs_label}, found none of {scan.lengths.size}.")
     warnings = [
-        warn("unclear_header", _UNCLEAR_HEADER, np.flatnonzero([unclear_header])),
+        warn("unclear_header", _UNCLEAR_HEADER.format(_READ_AS[table.has_header]), np.flatnonzero([unclear_header])),
         warn("literal_quotes", "Quotes are part of the texts: with quoting the file is no table.", scan.quoted),
         warn("empty_text", "Rows without a text are not used.", np.flatnonzero(scan.lengths == 0)),
         warn("empty_label", "Rows without a label are not used.", np.flatnonzero(scan.label_ids < 0)),
@@ -224,9 +225,8 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
         if not any(head):
             raise NoRows("Expected rows, found none.")
         if options.has_header is None:
-            asked = (options.text_column, options.label_column, options.split_column, options.usual_text)
-            found = columns.has_header(head, asked, labelled=options.labelled)
-            has_header, unclear = bool(found), found is None and not options.labelled
+            asked = (options.text_column, options.label_column, options.split_column)
+            has_header, unclear = columns.has_header(head, asked, options.usual_text, labelled=options.labelled)
         text, label, split = _assign_columns(head, has_header, options)
     except InvalidData:
         # Broken or missing rows explain it better than a missing column does.
@@ -249,7 +249,7 @@ def _recognise(path: Path, options: UploadOptions) -> tuple[TableFormat, tuple[s
     names = columns.column_names(head[0], has_header=has_header)
     found_out = ("text_column", *(["label_column"] if label is not None else ()), "delimiter", "has_header")
     guessed = tuple(name for name in found_out if getattr(options, name) is None)
-    return table, guessed, tuple(columns.told(names)), unclear
+    return table, guessed, tuple(columns.told(names)), unclear and not options.labelled
 
 
 def _assign_columns(

@@ -208,6 +208,8 @@ def unlabelled(*first: str, cells: tuple[str, ...] = ("{i}",), texts: tuple[str,
         unlabelled("Absender", "Nachricht des Kunden", cells=("anna@firma.example",)),
         unlabelled("", "0"),
         unlabelled("Kunde", "Sprache", "Freitext", cells=("{i}", "de")),
+        unlabelled("col1", "col2", cells=("AB-{i}",)),
+        unlabelled("mail1", "nachrichtentext", cells=("anna{i}@firma.example",)),
         unlabelled("Betreff", "Nachricht der Kunden", cells=("Zu Ihrer Rechnung vom Mai",)),
         unlabelled("id", "free text", texts=tuple("abcdefgh")),
         unlabelled("free text"),
@@ -234,6 +236,7 @@ def test_a_header_of_a_file_to_label_is_told_by_what_stands_below(write, content
         unlabelled("Thanks."),
         unlabelled("I want my money back"),
         unlabelled(f'"{TEXTS[0]}"', texts=TEXTS[1:]),
+        unlabelled("anna@web.example", "wrong item", cells=("b.{i}@firma-x.example",)),
     ],
 )
 def test_the_first_row_of_a_file_to_label_is_a_row_where_it_is_like_the_others(write, content):
@@ -249,6 +252,41 @@ def test_where_nothing_tells_a_header_from_a_short_text_it_is_a_text_and_a_warni
     for said, n_rows in ((True, 3), (False, 4)):
         assert warnings(path, labelled=False, has_header=said) == {}
         assert profile(path, UploadOptions(labelled=False, has_header=said)).n_rows == n_rows
+
+
+def test_where_a_short_first_row_over_texts_is_taken_for_names_a_warning_says_so(write):
+    path = write(unlabelled("Refund please"))
+    [doubt] = profile(path, UploadOptions(labelled=False)).warnings
+    assert (doubt.code, "read as a header" in doubt.message) == ("unclear_header", True)
+    assert warnings(path, labelled=False, has_header=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("first", "cells"),
+    [("unknown", ("+49 30 1234{i}",)), ("", ("{i}",)), ("unknown", ("T-{i}",)), ("Malta", ("Germany",))],
+    ids=["a number", "no id", "an id", "a country"],
+)
+def test_a_statement_beside_a_cell_unlike_the_codes_below_is_a_row_and_a_question_a_header_and_both_a_warning(
+    write, first, cells
+):
+    for text, has_header in (("I ordered my parcel. It is late.", False), ("Where is the parcel I ordered?", True)):
+        content = unlabelled(first, text, cells=cells)
+        path = write(content)
+        found = profile(path, UploadOptions(labelled=False)).format
+        assert (found.has_header, found.text_column) == (has_header, text if has_header else "column_1")
+        assert warnings(path, labelled=False) == {"unclear_header": (1, (0,))}
+
+
+def test_a_generated_name_that_a_model_learned_from_takes_no_header_from_other_files(write):
+    path = write(unlabelled("id", "text"))
+    found = profile(path, UploadOptions(labelled=False, usual_text="column_1"))
+    assert (found.format.has_header, found.format.text_column, found.n_rows) == (True, "text", len(TEXTS))
+
+
+@pytest.mark.parametrize("cell", ["1" * 999_998 + " x", "x" * 1_000_000, "-" * 999_999 + "x", "@" * 999_998 + " x"])
+def test_a_cell_as_long_as_any_may_be_is_profiled_at_once(write, cell):
+    """In the square of its length, it would take days."""
+    assert profile(write(f"id,text\n1,hello\n{cell},bye\n"), UploadOptions(labelled=False)).n_rows == 2
 
 
 def test_the_name_of_the_column_that_a_model_learned_from_is_a_header_whatever_stands_below(write):
