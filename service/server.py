@@ -43,7 +43,7 @@ def run(app: FastAPI, **config: Any) -> None:
     if sys.platform == "linux":
         # Dozens of threads answer, and each would fill a heap of its own, which grows by bits for hours. musl has none.
         with suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
     server = Server(app, **config)
     with suppress(KeyboardInterrupt):
         server.run()
