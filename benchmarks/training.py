@@ -12,7 +12,7 @@ hour:
   the seconds from opening the file (reading, splitting, loading, encoding, probe, training, validation, checkpoints)
   to the first checkpoint whose best state by validation stands at 0.918 on the test rows. The notebook's time, taken
   before each run: its seconds per row x train rows x 4. Then the same difference on small and on other data.
-- memory: the notebook's recipe and a default job of one epoch on the whole file, each in a process of its own; the
+- memory: the notebook's recipe and a default job of one epoch on the whole file, each with its own processes; the
   job's is `python -m worker.run`, the notebook's reads the file and trains a few steps.
 
 `--device cuda`, or `--shape tiny` on any machine: a Qwen3 of random weights and texts of 16 and of 100 tokens.
@@ -182,7 +182,7 @@ def memory_measures(data: Path, given: argparse.Namespace, folder: Path) -> list
 
 
 def _peak(arguments: list[str], folder: Path) -> float:
-    """Bytes of a Python program's process at its largest."""
+    """Bytes, of a Python program and its children at their largest together."""
     command = [sys.executable, str(ROOT / "benchmarks/_peak.py"), str(folder / "peak"), sys.executable, *arguments]
     subprocess.run(command, check=True)
     return float((folder / "peak").read_text())

@@ -82,7 +82,7 @@ class HelperGone(Exception):
 class Helper:
     """A process that computes parts as this one does, on the same weights in shared memory. For CPUs.
 
-    Threads of one process take turns at Python, a thousand times a step. Raises HelperGone where the process is.
+    Threads of one process would take turns at Python. Raises HelperGone where the process has ended.
     """
 
     peak_bytes = 0
