@@ -6,7 +6,7 @@ hour:
 
 - speed: in each round both references and ours, on the same rows. Ours trains two epochs over them; rows per second
   are of its steps alone, all of them, and `…_with_everything` of all that `fit` does (encoding, probe, validation).
-  `share_of_matrix_rate`: FLOPs of the real tokens, forward, backward to the activations and LoRA's own, by the same
+  `share_of_matrix_rate`: FLOPs of the tokens computed, forward, backward to the activations and LoRA's own, by the same
   seconds and by the rate of 2048³ products measured in the round.
 - quality: a default run for each split seed, in one go the test accuracy, `embedding_logreg`'s on the same rows, and
   the seconds from opening the file (reading, splitting, loading, encoding, probe, training, validation, checkpoints)
@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -40,6 +41,7 @@ from _ours import Case, drawn, few_shot, fit, opened, quality
 from _workload import encoder_flops, matrix_rate
 from notebook import DATA, EPOCHS, Labelled, fastest_tuned, notebook_seconds, required, tuned_seconds
 from service.ml.device import DTYPES
+from worker.methods.parts import TOKEN_DROPOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET, PER_LABEL, RANK = 0.918, 16, 16
@@ -62,14 +64,16 @@ def trained_rate(case: Case) -> tuple[float, float]:
 
 
 def training_flops(case: Case) -> float:
-    """Of an epoch over the train rows, counted on BERT's shapes.
+    """Of an epoch over the train rows, counted on BERT's shapes; what is left out is not counted.
 
-    Nothing before the first layer's LoRA is trained, so its three input projections need no backward; attention's
-    backward is counted as its forward, though it is twice that.
+    Left out are the tokens that are dropped and, behind the last attention, all but the first ones. Nothing before
+    the first layer's LoRA is trained, so its three input projections need no backward; attention's backward is counted
+    as its forward, though it is twice that.
     """
     config: Any = AutoConfig.from_pretrained(case.ready.base.folder)
-    n_tokens, h = case.tokens(), config.hidden_size
-    forward = encoder_flops(config, n_tokens)
+    h, n_tokens = config.hidden_size, case.tokens()
+    n_tokens = n_tokens - TOKEN_DROPOUT * np.where(n_tokens > 3, n_tokens - 2, 0)
+    forward = encoder_flops(config, n_tokens) - 2 * 2 * h * config.intermediate_size * float((n_tokens - 1).sum())
     backward = forward - 2 * 3 * h * h * float(n_tokens.sum())
     lora = 3 * 2 * (2 * h * RANK) * 4 * config.num_hidden_layers * float(n_tokens.sum())
     return forward + backward + lora

@@ -5,15 +5,11 @@ Revision ID: 0001
 Revises:
 """
 
-from collections.abc import Sequence
-
 import sqlalchemy as sa
 from alembic import op
 
 revision: str = "0001"
 down_revision: str | None = None
-branch_labels: str | Sequence[str] | None = None
-depends_on: str | Sequence[str] | None = None
 
 
 def upgrade() -> None:
@@ -25,9 +21,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_alias_moves")),
     )
-    with op.batch_alter_table("alias_moves", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_alias_moves_alias"), ["alias"], unique=False)
-
+    op.create_index("ix_alias_moves_alias", "alias_moves", ["alias"])
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -85,10 +79,8 @@ def upgrade() -> None:
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
     )
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_jobs_dataset_id"), ["dataset_id"], unique=False)
-        batch_op.create_index(batch_op.f("ix_jobs_status_jobs_id"), ["status", "id"], unique=False)
-
+    op.create_index("ix_jobs_dataset_id", "jobs", ["dataset_id"])
+    op.create_index("ix_jobs_status_jobs_id", "jobs", ["status", "id"])
     op.create_table(
         "models",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -122,9 +114,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["model_id"], ["models.id"], name=op.f("fk_aliases_model_id_models")),
         sa.PrimaryKeyConstraint("alias", name=op.f("pk_aliases")),
     )
-    with op.batch_alter_table("aliases", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_aliases_model_id"), ["model_id"], unique=False)
-
+    op.create_index("ix_aliases_model_id", "aliases", ["model_id"])
     op.create_table(
         "artifacts",
         sa.Column("job_id", sa.String(length=64), nullable=False),
@@ -148,31 +138,17 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_events_job_id_jobs"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_events")),
     )
-    with op.batch_alter_table("events", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_events_job_id"), ["job_id"], unique=False)
+    op.create_index("ix_events_job_id", "events", ["job_id"])
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("events", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_events_job_id"))
-
     op.drop_table("events")
     op.drop_table("artifacts")
-    with op.batch_alter_table("aliases", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_aliases_model_id"))
-
     op.drop_table("aliases")
     op.drop_table("workers")
     op.drop_table("models")
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_jobs_status_jobs_id"))
-        batch_op.drop_index(batch_op.f("ix_jobs_dataset_id"))
-
     op.drop_table("jobs")
     op.drop_table("garbage")
     op.drop_table("datasets")
     op.drop_table("api_keys")
-    with op.batch_alter_table("alias_moves", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_alias_moves_alias"))
-
     op.drop_table("alias_moves")

@@ -114,10 +114,14 @@ class Engine:
         pooler = getattr(body, "pooler", None)
         if isinstance(pooler, nn.Module):
             pooler.register_forward_pre_hook(self._first_tokens)
+        # BERT and its kin: the attention of the last block, residual and norm within.
+        attentions = [m for name, m in body.named_modules() if name.endswith(".attention") and hasattr(m, "output")]
+        for last in attentions[-1:]:
+            last.register_forward_hook(_firsts_alone, with_kwargs=True)
         config: Any = backbone.model.config
         self._stock_attention: str = config._attn_implementation
         self._kernel = packed.kernel_for(backbone.device, next(backbone.model.parameters()).dtype)
-        self._first_position = 0
+        self._first_position, self._firsts_alone = 0, not backbone.decoder
         self._longest_packed = self._packing() if self._kernel is not None else 0.0
 
     def attach(self, adapter: Adapter) -> None:
@@ -203,7 +207,8 @@ class Engine:
 
     def head_states(self, ids: Sequence[list[int]]) -> Tensor:
         """`(B, H')` of B texts, shortest first: what the stock head sees, float32, with gradients."""
-        return self._run(ids, [], self._kernel if len(ids[-1]) <= self._longest_packed else None)[0].head
+        kernel = self._kernel if len(ids[-1]) <= self._longest_packed else None
+        return self._run(ids, [], kernel, training=True)[0].head
 
     def _batches(self, ids: Sequence[list[int]], on_batch: OnBatch | None) -> Iterator[NDArray[np.int64]]:
         """Positions of the rows, batch by batch, shortest first."""
@@ -228,15 +233,15 @@ class Engine:
         return self._run(ids, adapters, None)
 
     def _run(
-        self, ids: Sequence[list[int]], adapters: Sequence[Adapter], kernel: Kernel | None
+        self, ids: Sequence[list[int]], adapters: Sequence[Adapter], kernel: Kernel | None, *, training: bool = False
     ) -> tuple[_States, Mixture]:
         backbone, lengths = self.backbone, np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         model: Any = backbone.model
         if kernel is None:
             starts, inputs = np.arange(len(ids)) * lengths.max(), backbone.inputs(ids)
         else:
-            starts, inputs = np.cumsum(lengths) - lengths, self._end_to_end(ids, lengths)
-        rows = Rows(lengths, starts, backbone.device, kernel)
+            starts, inputs = np.cumsum(lengths) - lengths, self._end_to_end(ids, lengths, fill=training)
+        rows = Rows(lengths, starts, backbone.device, kernel, training and self._firsts_alone)
         mixture = Mixture.of(adapters, rows)
         attention = self._stock_attention if kernel is None else packed.NAME
         self._attend_by(attention)
@@ -258,12 +263,15 @@ class Engine:
         if model.config._attn_implementation != name:
             model.set_attn_implementation(name)
 
-    def _end_to_end(self, ids: Sequence[list[int]], lengths: NDArray[np.int64]) -> dict[str, Tensor]:
-        """`(1, T)` ids and positions, which count from the row's beginning."""
+    def _end_to_end(self, ids: Sequence[list[int]], lengths: NDArray[np.int64], *, fill: bool) -> dict[str, Tensor]:
+        """`(1, T)` ids and positions, which count from the row's beginning; `fill` adds padding at the end."""
         device = self.backbone.device
         positions = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        tokens = [token for row in ids for token in row]
+        more = packed.filled_up(len(tokens), device) - len(tokens) if fill else 0
+        positions = np.append(positions, np.zeros(more, np.int64))
         return {
-            "input_ids": torch.tensor([[token for row in ids for token in row]], device=device),
+            "input_ids": torch.tensor([tokens + [self.backbone.pad_id] * more], device=device),
             "position_ids": torch.from_numpy(positions + self._first_position)[None].to(device),
         }
 
@@ -295,6 +303,12 @@ class Engine:
                     longest, least = got.rows.window, error
                 else:
                     self._first_position = before
+            if longest and self._firsts_alone:
+                try:
+                    alone, _ = self._run(ids, [], self._kernel, training=True)
+                    self._firsts_alone = _error(alone.head, expected.head) <= _TOLERANCE[dtype]
+                except Exception:  # noqa: BLE001 -- as above
+                    self._firsts_alone = False
         return longest
 
     def _keep_hidden(self, _module: nn.Module, _inputs: object, output: Any) -> Any:
@@ -308,9 +322,20 @@ class Engine:
     def _by_row(self, hidden: Tensor) -> Tensor:
         """`(1, T, H)` as `(B, 1, H)`: all that an encoder's own head reads are the rows' first tokens."""
         rows = self._flight.rows
-        if rows is None or rows.kernel is None or self.backbone.decoder:
+        if rows is None or rows.kernel is None or self.backbone.decoder or hidden.shape[:2] == (len(rows.starts), 1):
             return hidden
-        return hidden[0, torch.from_numpy(rows.starts).to(hidden.device)][:, None]
+        return _first(hidden, rows)
+
+
+def _first(hidden: Tensor, rows: Rows) -> Tensor:
+    """`(1, T, H)` to the first tokens' `(B, 1, H)`."""
+    return hidden[0, torch.from_numpy(rows.starts).to(hidden.device)][:, None]
+
+
+def _firsts_alone(_module: nn.Module, _inputs: object, named: dict[str, Any], output: Any) -> Any:
+    """Behind the last attention no token reads another: where first tokens are all that is asked for, they go on."""
+    rows: Rows | None = named.get("packed_rows")
+    return (_first(output[0], rows), *output[1:]) if rows is not None and rows.firsts_alone else output
 
 
 def _pool(hidden: Tensor, rows: Rows, last: Tensor, pooling: Pooling) -> Tensor:

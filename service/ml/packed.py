@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 NAME = "tuneproof_packed"
 _MOST_PLAIN = 256  # tokens; beyond, all scores of a row take more memory than their products save time
+_FILLED_TO = 16
 Kernel = Literal["by_length", "varlen"]
 
 
@@ -35,6 +36,7 @@ class Rows:
         starts: `(B,)` position of each row's first token.
         device: Of the batch.
         kernel: How they attend; None where they are padded.
+        firsts_alone: Whether all that is asked for are the first tokens' states.
         window: The narrowest that attention was asked for on the way, in tokens; longer rows do not fit through it.
     """
 
@@ -42,6 +44,7 @@ class Rows:
     starts: NDArray[np.int64]
     device: torch.device
     kernel: Kernel | None
+    firsts_alone: bool = False
     window: float = math.inf
 
     @property
@@ -65,6 +68,11 @@ class Rows:
         """`(tokens,)`: where the rows' tokens stand, row by row."""
         offsets = np.repeat(self.starts - np.cumsum(self.lengths) + self.lengths, self.lengths)
         return offsets + np.arange(int(self.lengths.sum()))
+
+
+def filled_up(n_tokens: int, device: torch.device) -> int:
+    """Positions for so many tokens in training, where a CPU compiles its products anew for each number of them."""
+    return -(-n_tokens // _FILLED_TO) * _FILLED_TO if device.type == "cpu" else n_tokens
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
@@ -99,13 +107,14 @@ def _by_length(rows: Rows, query: Tensor, key: Tensor, value: Tensor, causal: bo
     if repeats > 1:
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     sizes, answers = [n_rows * length for _start, n_rows, length in rows.spans], []
-    cut = (torch.split(x, sizes) for x in (query, key, value))
-    for (_start, n_rows, length), *span in zip(rows.spans, *cut, strict=True):
+    sizes.append(len(query) - sum(sizes))
+    *cut, (_, _, filling) = zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True)
+    for (_start, n_rows, length), span in zip(rows.spans, cut, strict=True):
         q, k, v = (x.view(n_rows, length, *x.shape[1:]).transpose(1, 2) for x in span)
         attend = _plainly if torch.is_grad_enabled() and length <= _MOST_PLAIN else scaled_dot_product_attention
         answer = attend(q, k, v, is_causal=causal, scale=scaling)
         answers.append(answer.transpose(1, 2).flatten(0, 1))
-    return torch.cat(answers)
+    return torch.cat([*answers, filling])
 
 
 def _plainly(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float | None) -> Tensor:

@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForCausalLM
 
+from service.ml import engine as engine_module
 from service.ml.adapter import Adapter, Linear, laid_flat
 from service.ml.backbone import load_backbone
 from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.encode import encode
 from service.ml.engine import TOKEN_BUDGET, Engine
 from service.ml.mixture import Mixture
-from service.ml.packed import Rows
-from tests.tiny import BERT, DECODERS, ENCODERS, EOS, HIDDEN, QWEN3, SPREAD, labelled_texts
+from service.ml.packed import Rows, filled_up
+from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, EOS, HIDDEN, QWEN3, SPREAD, labelled_texts
 
 CPU = torch.device("cpu")
 TEXTS = [*labelled_texts(20, seed=3)[0], "", "refund", "late parcel " * 40]
@@ -57,6 +58,35 @@ def test_no_layer_multiplies_padding(name, tiny_models, monkeypatch):
             module.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel()))
     engine.states(ids)
     assert set(seen) == {sum(map(len, ids))}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_for_the_head_alone_a_berts_last_block_computes_first_tokens_and_the_same_states(name, tiny_models):
+    engine = engine_of(tiny_models, name)
+    ids = sorted(ids_of(engine), key=len)
+    seen = []
+    for module_name, module in engine.backbone.model.named_modules():
+        if module_name.endswith((".intermediate", ".ffn.lin1")):
+            module.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[:-1].numel()))
+    with torch.inference_mode():
+        got = engine.head_states(ids)
+    n_tokens = filled_up(sum(map(len, ids)), CPU)
+    assert n_tokens % 16 == 0 < n_tokens - sum(map(len, ids))
+    assert seen == [n_tokens, n_tokens if name == DISTILBERT else len(ids)]  # whose blocks have another shape
+    torch.testing.assert_close(got, torch.from_numpy(engine.states(ids)["head"]))
+
+
+def test_a_base_that_gives_another_answer_without_its_other_tokens_keeps_them(tiny_models, monkeypatch):
+    right = engine_module._firsts_alone
+
+    def wrong(module, inputs, named, output):
+        return tuple(states.roll(1, 0) for states in right(module, inputs, named, output)[:1]) + output[1:]
+
+    assert engine_of(tiny_models, BERT)._firsts_alone
+    monkeypatch.setattr(engine_module, "_firsts_alone", wrong)
+    engine = engine_of(tiny_models, BERT)
+    assert engine._longest_packed
+    assert not engine._firsts_alone
 
 
 @pytest.mark.parametrize(("window", "packs_short_texts"), [(24, False), (50, True)])

@@ -23,7 +23,7 @@ from service.ml.engine import MAX_ROWS, TOKEN_BUDGET, Engine
 from service.ml.manifest import States
 from worker.methods.checkpoint import TrainingState, discard, newest
 from worker.methods.frozen import FrozenBase, fit_probe
-from worker.methods.parts import LABEL_SMOOTHING, Helper, peak_bytes
+from worker.methods.parts import LABEL_SMOOTHING, TOKEN_DROPOUT, Helper, peak_bytes
 from worker.methods.protocol import OnProgress, Rows, silent
 from worker.methods.recipe import LoraRecipe
 from worker.methods.trainable import Trainable, Weights
@@ -89,6 +89,7 @@ class Trained:
             "gradient_checkpointing": self.state.gradient_checkpointing,
             "truncated_texts": self.truncated_texts,
             "label_smoothing": LABEL_SMOOTHING,
+            "token_dropout": TOKEN_DROPOUT if self.recipe.dropout else 0.0,
             "history": [_finite(epoch) for epoch in self.state.history],
         }
 
