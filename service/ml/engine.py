@@ -240,7 +240,7 @@ class Engine:
         if kernel is None:
             starts, inputs = np.arange(len(ids)) * lengths.max(), backbone.inputs(ids)
         else:
-            starts, inputs = np.cumsum(lengths) - lengths, self._end_to_end(ids, lengths, fill=training)
+            starts, inputs = np.cumsum(lengths) - lengths, self._end_to_end(ids, lengths)
         rows = Rows(lengths, starts, backbone.device, kernel, training and self._firsts_alone)
         mixture = Mixture.of(adapters, rows)
         attention = self._stock_attention if kernel is None else packed.NAME
@@ -263,15 +263,12 @@ class Engine:
         if model.config._attn_implementation != name:
             model.set_attn_implementation(name)
 
-    def _end_to_end(self, ids: Sequence[list[int]], lengths: NDArray[np.int64], *, fill: bool) -> dict[str, Tensor]:
-        """`(1, T)` ids and positions, which count from the row's beginning; `fill` adds padding at the end."""
+    def _end_to_end(self, ids: Sequence[list[int]], lengths: NDArray[np.int64]) -> dict[str, Tensor]:
+        """`(1, T)` ids and positions, which count from the row's beginning."""
         device = self.backbone.device
         positions = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        tokens = [token for row in ids for token in row]
-        more = packed.filled_up(len(tokens), device) - len(tokens) if fill else 0
-        positions = np.append(positions, np.zeros(more, np.int64))
         return {
-            "input_ids": torch.tensor([tokens + [self.backbone.pad_id] * more], device=device),
+            "input_ids": torch.tensor([[token for row in ids for token in row]], device=device),
             "position_ids": torch.from_numpy(positions + self._first_position)[None].to(device),
         }
 

@@ -19,7 +19,6 @@ from transformers import AttentionInterface
 
 NAME = "tuneproof_packed"
 _MOST_PLAIN = 256  # tokens; beyond, all scores of a row take more memory than their products save time
-_FILLED_TO = 16
 Kernel = Literal["by_length", "varlen"]
 
 
@@ -70,11 +69,6 @@ class Rows:
         return offsets + np.arange(int(self.lengths.sum()))
 
 
-def filled_up(n_tokens: int, device: torch.device) -> int:
-    """Positions for so many tokens in training, where a CPU compiles its products anew for each number of them."""
-    return -(-n_tokens // _FILLED_TO) * _FILLED_TO if device.type == "cpu" else n_tokens
-
-
 def kernel_for(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     """How rows laid end to end attend on a device; None where padding is the faster way."""
     if device.type == "cpu":
@@ -107,14 +101,13 @@ def _by_length(rows: Rows, query: Tensor, key: Tensor, value: Tensor, causal: bo
     if repeats > 1:
         key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
     sizes, answers = [n_rows * length for _start, n_rows, length in rows.spans], []
-    sizes.append(len(query) - sum(sizes))
-    *cut, (_, _, filling) = zip(*(torch.split(x, sizes) for x in (query, key, value)), strict=True)
-    for (_start, n_rows, length), span in zip(rows.spans, cut, strict=True):
+    cut = (torch.split(x, sizes) for x in (query, key, value))
+    for (_start, n_rows, length), *span in zip(rows.spans, *cut, strict=True):
         q, k, v = (x.view(n_rows, length, *x.shape[1:]).transpose(1, 2) for x in span)
         attend = _plainly if torch.is_grad_enabled() and length <= _MOST_PLAIN else scaled_dot_product_attention
         answer = attend(q, k, v, is_causal=causal, scale=scaling)
         answers.append(answer.transpose(1, 2).flatten(0, 1))
-    return torch.cat([*answers, filling])
+    return torch.cat(answers)
 
 
 def _plainly(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float | None) -> Tensor:

@@ -19,7 +19,6 @@ from service.ml.adapter import CONFIG, WEIGHTS, Adapter, Layout, Linear
 from service.ml.backbone import WRAPPED, Backbone
 from service.ml.encode import encode
 from service.ml.engine import Engine
-from service.ml.packed import filled_up
 from worker.methods.frozen import Probe
 
 Weights = dict[str, Tensor]
@@ -154,12 +153,11 @@ class Trainable:
         base: Any = self.engine.backbone.model
         dtype = base.dtype
         self._at_hand.parts = torch.split((self.weights[LORA] * self._scales).to(dtype), self.layout.sizes)
-        end_to_end = filled_up(sum(map(len, ids)), self.engine.backbone.device)
-        self._at_hand.kept, self._at_hand.positions = None, (end_to_end, len(ids) * len(ids[-1]))
+        self._at_hand.kept, self._at_hand.positions = None, (sum(map(len, ids)), len(ids) * len(ids[-1]))
         if generator is not None and self.dropout:
             widest = max(n_in for _name, _rank, n_in, _n_out in self.layout.layers)
-            # Room for either, and for each layer's own place to begin.
-            size = max(self._at_hand.positions) * widest + _SHIFT * len(self.layout.layers)
+            # Room for the rows padded to the longest, and for each layer's own place to begin.
+            size = len(ids) * len(ids[-1]) * widest + _SHIFT * len(self.layout.layers)
             drawn = torch.empty(size, dtype=dtype, device=self.engine.backbone.device)
             self._at_hand.kept = drawn.bernoulli_(1 - self.dropout, generator=generator).div_(1 - self.dropout)
         states = self.engine.head_states(ids)
