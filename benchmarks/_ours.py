@@ -112,8 +112,7 @@ def quality(open_case: Callable[[], Case], target: float = 1.0) -> Quality:
     """Runs a fine-tune to its end, and looks at the test rows whenever a checkpoint was written.
 
     What a checkpoint holds as the best by validation is set aside and judged when all is over; setting aside is not
-    counted. The state before the first step is in no checkpoint, so a probe that reaches the target alone counts as
-    late as the first one.
+    counted. The first holds the state before the first step.
     """
     with tempfile.TemporaryDirectory(prefix="tuneproof-bench-") as kept:
         written: list[tuple[float, Path]] = []

@@ -460,7 +460,7 @@ def kill(_path):
 @pytest.mark.parametrize("name", [QWEN3, DISTILBERT])
 def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(name, tiny_models, tmp_path):
     in_one_go = fine_tune(frozen(tiny_models, name), tmp_path / "a", epochs=3)
-    for _ in range(2):  # killed after the first epoch, and again after the second
+    for _ in range(3):  # killed before the first step, after the first epoch, and again after the second
         with pytest.raises(Killed):
             fine_tune(frozen(tiny_models, name), tmp_path / "b", epochs=3, on_checkpoint=kill)
     saved = []
@@ -474,8 +474,9 @@ def test_a_run_that_was_killed_and_resumed_ends_with_the_same_weights(name, tiny
 
 
 def test_a_run_killed_after_its_last_epoch_has_nothing_left_to_train(tiny_models, tmp_path):
-    with pytest.raises(Killed):
-        fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1, on_checkpoint=kill)
+    for _ in range(2):  # before its first step, and after its last
+        with pytest.raises(Killed):
+            fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1, on_checkpoint=kill)
     whole = fine_tune(frozen(tiny_models, QWEN3), tmp_path / "other", epochs=1)
     resumed = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1, on_checkpoint=kill)
     np.testing.assert_allclose(resumed.logits(VALIDATION.texts), whole.logits(VALIDATION.texts), atol=1e-5)
@@ -509,7 +510,7 @@ def test_a_checkpoint_half_written_when_the_machine_stopped_is_passed_over(tiny_
 def test_checkpoints_of_another_recipe_do_not_outlive_its_own(tiny_models, tmp_path):
     fine_tune(frozen(tiny_models, BERT), tmp_path, epochs=4)
     fine_tune(frozen(tiny_models, BERT), tmp_path, epochs=1, seed=8)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-0", "step-3"}
 
 
 def test_a_run_told_to_stop_between_two_steps_leaves_a_checkpoint_and_goes_on_from_it(tiny_models, tmp_path):
@@ -522,7 +523,7 @@ def test_a_run_told_to_stop_between_two_steps_leaves_a_checkpoint_and_goes_on_fr
     lora = Lora(frozen(tiny_models, BERT), recipe(), tmp_path / "checkpoints", saved.append, asked, stop=stop)
     with pytest.raises(Stopped):
         lora.fit(TRAIN, VALIDATION)
-    assert [path.name for path in saved] == ["step-1"]
+    assert [path.name for path in saved] == ["step-0", "step-1"]
     resumed = fine_tune(frozen(tiny_models, BERT), tmp_path)
     np.testing.assert_array_equal(resumed.logits(VALIDATION.texts), whole.logits(VALIDATION.texts))
 
@@ -544,6 +545,20 @@ def test_a_run_that_goes_on_says_from_where(stopped_at, where, tiny_models, tmp_
     Lora(frozen(tiny_models, BERT), recipe(), tmp_path, on_resume=say).fit(TRAIN, VALIDATION)
     share = pytest.approx(0.1 + 0.9 * stopped_at / 6)
     assert told == [(share, f"Training goes on from its checkpoint: {where}.")]
+
+
+def test_a_run_killed_before_its_first_step_keeps_its_probe(tiny_models, tmp_path, monkeypatch):
+    whole = fine_tune(frozen(tiny_models, BERT), tmp_path / "whole")
+    with pytest.raises(Killed):
+        fine_tune(frozen(tiny_models, BERT), tmp_path, on_checkpoint=kill)
+    monkeypatch.delattr("worker.methods.lora.fit_probe")
+    told = []
+    lora = Lora(
+        frozen(tiny_models, BERT), recipe(), tmp_path / "checkpoints", on_resume=lambda *given: told.append(given)
+    )
+    resumed = lora.fit(TRAIN, VALIDATION)
+    assert told == [(0.1, "Training goes on from its checkpoint: before the first step.")]
+    np.testing.assert_array_equal(resumed.logits(VALIDATION.texts), whole.logits(VALIDATION.texts))
 
 
 def test_a_run_told_to_stop_at_its_very_end_still_stops():

@@ -133,8 +133,11 @@ class Lora:
         discard(self.checkpoints, beyond=run.steps_done if resumed else -1)
         if resumed:
             epoch, step = divmod(run.steps_done - 1, run.steps_per_epoch)
-            text = f"Training goes on from its checkpoint: epoch {epoch + 1}, step {step + 1} of {run.steps_per_epoch}."
-            self.on_resume(0.1 + 0.9 * run.steps_done / (run.steps_per_epoch * recipe.epochs), text)
+            where = f"epoch {epoch + 1}, step {step + 1} of {run.steps_per_epoch}"
+            self.on_resume(
+                0.1 + 0.9 * run.steps_done / (run.steps_per_epoch * recipe.epochs),
+                f"Training goes on from its checkpoint: {where if run.steps_done else 'before the first step'}.",
+            )
         with run.helped() as helpers:
             self._train(run, lambda share, text: on_progress(0.1 + 0.9 * share, text))
         truncated = int(run.encoded.truncated.sum() + run.encoded_validation.truncated.sum())
@@ -155,6 +158,7 @@ class Lora:
         saved = time.monotonic()
         if not state.history:
             self._judge(run)
+            saved = self._save(run)  # on a slow machine the probe alone can take longer than an attempt lives
         run.wait_for_helpers()  # here, where a stop need not wait for it
         while state.epoch < epochs and not self._out_of_patience(state):
             number, recent = state.epoch + 1, []
