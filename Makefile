@@ -56,7 +56,7 @@ bench-gpu: setup ## Engine and training at the shape of Qwen3-0.6B, on a CUDA GP
 	$(BIN)/python benchmarks/training.py --device cuda $(BENCH_ARGS)
 
 verify-f2llm: setup ## F2LLM-0.6B and Qwen3-0.6B from their hub, checked on a CUDA GPU: pooling, EOS, stock reload, prompts, memory
-	$(BIN)/python tools/verify_f2llm.py
+	$(BIN)/python benchmarks/_verify_f2llm.py
 
 soak: setup ## Ten minutes at saturation: no error but 429, memory that does not grow; SOAK_SECONDS=60 for less
 	$(BIN)/python benchmarks/_soak.py --seconds $(or $(SOAK_SECONDS),600)

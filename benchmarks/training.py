@@ -13,7 +13,7 @@ hour:
   to the first checkpoint whose best state by validation stands at 0.918 on the test rows. The notebook's time, taken
   before each run: its seconds per row x train rows x 4. Then the same difference on small and on other data.
 - memory: the notebook's recipe and a default job of one epoch on the whole file, each with its own processes; the
-  job's is `python -m worker.run`, the notebook's reads the file and trains a few steps.
+  job's is `python -m worker.run` as a worker starts it, the notebook's reads the file and trains a few steps.
 
 `--device cuda`, or `--shape tiny` on any machine: a Qwen3 of random weights and texts of 16 and of 100 tokens.
 """
@@ -21,14 +21,17 @@ hour:
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,6 +44,7 @@ from _ours import Case, drawn, few_shot, fit, opened, quality
 from _workload import encoder_flops, matrix_rate
 from notebook import DATA, EPOCHS, Labelled, fastest_tuned, notebook_seconds, required, tuned_seconds
 from service.ml.device import DTYPES
+from worker.launch import ENVIRONMENT
 from worker.methods.parts import TOKEN_DROPOUT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,7 +181,7 @@ def memory_measures(data: Path, given: argparse.Namespace, folder: Path) -> list
         shutil.copy(data, job / "dataset")
         (job / "job.json").write_text(json.dumps({"spec": {"kind": "train", "train": {"epochs": 1}}}))
         taken["notebook"].append(_peak([*notebook, *["--quick"][: given.quick]], folder))
-        taken["ours"].append(_peak(["-P", "-m", "worker.run", str(job)], folder))
+        taken["ours"].append(_peak(["-P", "-m", "worker.run", str(job)], folder, ENVIRONMENT))
     return [
         Measure("peak_memory_vs_notebook", ratio(taken, "ours", "notebook"), at_most=1.0),
         Measure("peak_memory_bytes", taken["ours"]),
@@ -185,10 +189,10 @@ def memory_measures(data: Path, given: argparse.Namespace, folder: Path) -> list
     ]
 
 
-def _peak(arguments: list[str], folder: Path) -> float:
+def _peak(arguments: list[str], folder: Path, environment: Mapping[str, str] = MappingProxyType({})) -> float:
     """Bytes, of a Python program and its children at their largest together."""
     command = [sys.executable, str(ROOT / "benchmarks/_peak.py"), str(folder / "peak"), sys.executable, *arguments]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env={**os.environ, **environment})
     return float((folder / "peak").read_text())
 
 

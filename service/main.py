@@ -5,7 +5,8 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -36,7 +37,7 @@ from service.core import logs
 from service.core.clock import Clock, utc_now
 from service.core.settings import Settings
 from service.core.spec import JobSpec
-from service.db import catalog, idempotency, sessions
+from service.db import catalog, garbage, idempotency, sessions
 from service.db import jobs as job_queue
 from service.db.engine import Database, migrate
 from service.db.models import Model
@@ -53,6 +54,7 @@ _PROBLEM: dict[str, Any] = {
     "content": {problems.MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
 _SECONDS_BETWEEN_ROUNDS, _ROUNDS_BETWEEN_FORGETTING = 5.0, 12
+_BEFORE_TRYING_AGAIN, _SPOOLED = timedelta(minutes=1), timedelta(days=1)
 _WARM_MODELS = 20
 log = logging.getLogger("tuneproof.api")
 
@@ -148,13 +150,23 @@ def _round(context: Context, forgets: bool = True) -> None:
     if forgets:  # they need the database's write lock each time, and what is over is refused without
         sessions.forget_ended(context.db, now)
         idempotency.forget_old(context.db, now)
-    for garbage_id, prefix in job_queue.due_garbage(context.db, now):
+        _forget_spooled(settings.data_dir / "tmp", now - _SPOOLED)
+    for garbage_id, prefix in garbage.due(context.db, now):
         try:
             context.storage.delete(prefix)
         except OSError as error:
             log.warning("%s cannot be deleted yet (%s)", prefix, type(error).__name__)
+            garbage.postpone(context.db, garbage_id, now + _BEFORE_TRYING_AGAIN)
         else:
-            job_queue.collected(context.db, garbage_id)
+            garbage.collected(context.db, garbage_id)
+
+
+def _forget_spooled(folder: Path, before: datetime) -> None:
+    """Deletes the copies of uploads that a killed process was reading."""
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_mtime < before.timestamp():
+                file.unlink()
 
 
 def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:

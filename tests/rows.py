@@ -5,6 +5,7 @@ import functools
 import io
 import shutil
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sqlalchemy import event
 
 from service.core.ids import new_id
 from service.core.spec import JobSpec
-from service.db import jobs
+from service.db import garbage, jobs
 from service.db.engine import Database, migrate
 from service.db.jobs import Claimed, NewArtifact, NewModel
 from service.db.models import Dataset, Job
@@ -115,6 +116,16 @@ def model(method: str = "lora", **given: Any) -> NewModel:
     return NewModel(**values | given)
 
 
+def publish_stored(
+    db: Database, lease: jobs.Lease, artifacts: Sequence[NewArtifact], models: Sequence[NewModel],
+    summary: dict[str, Any], now: datetime, grace: timedelta,
+) -> None:  # fmt: skip
+    """As a worker publishes: what the models' files lie under was announced before they were stored."""
+    for made in models:
+        garbage.announce(db, made.storage_prefix, now)
+    jobs.publish(db, lease, artifacts, models, summary, now, grace)
+
+
 def add_published(db: Database, storage: Storage, *, name: str = "tickets", now: datetime = START) -> tuple[str, str]:
     """A succeeded job with real bytes behind its artifacts and its model; gives both ids."""
     add_job(db, name=name, now=now)
@@ -128,7 +139,7 @@ def add_published(db: Database, storage: Storage, *, name: str = "tickets", now:
     made = model(files=["manifest.json", "sub/weights.bin"])
     for file in made.files:
         storage.put(io.BytesIO(ARTIFACTS.get(file, b"weights")), f"{made.storage_prefix}/{file}")
-    jobs.publish(db, lease, artifacts, [made], {"headline": "fine"}, now, GRACE)
+    publish_stored(db, lease, artifacts, [made], {"headline": "fine"}, now, GRACE)
     return lease.job_id, made.id
 
 

@@ -12,12 +12,12 @@ from worker.supervisor import Supervisor
 def main() -> int:
     try:
         settings = read_settings()
-    except RuntimeError as error:
+        logs.configure(settings.log_level, settings.log_format)
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        migrate(settings.resolved_database_url)
+    except RuntimeError as error:  # settings that cannot work, or a database newer than this code
         print(error, file=sys.stderr)  # noqa: T201
         return 2
-    logs.configure(settings.log_level, settings.log_format)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
-    migrate(settings.resolved_database_url)
     supervisor = Supervisor(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: supervisor.stop.set())

@@ -30,7 +30,7 @@ class Child(Protocol):
 
 
 # Of the compiled matrix products that torch and oneDNN each keep by size, rows laid end to end use few again.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 Launcher = Callable[[Path], Child]
 """Starts a child on a folder that `worker.run` understands."""
 
@@ -48,7 +48,7 @@ class LocalChild:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", *self.program, str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-                env=_ENVIRONMENT | os.environ,
+                env=ENVIRONMENT | os.environ,
             )  # fmt: skip
         self._said: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -19,7 +19,7 @@ from service.core.endpoints import endpoint_name
 from service.core.errors import LeaseLost
 from service.core.ids import new_id
 from service.core.settings import Settings
-from service.db import catalog, jobs
+from service.db import catalog, garbage, jobs
 from service.db.engine import Database
 from service.db.jobs import Claimed, Lease, NewArtifact, NewModel, Progress
 from service.db.models import Dataset, Model
@@ -287,6 +287,7 @@ class Attempt:
 
     def _put_model(self, model_id: str, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:
         prefix = f"models/{model_id}"
+        garbage.announce(self.db, prefix, self._now())
         stored = self._put_all(folder, prefix)
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         figures = summary["methods"][method]

@@ -216,7 +216,7 @@ def _is_loopback(request: Request) -> bool:
     try:
         return request.client is None or ipaddress.ip_address(request.client.host).is_loopback
     except ValueError:
-        return True  # no network address: an in-process client
+        return False  # a proxy that passes on what is no address: who knows where that comes from
 
 
 def _is_local_name(request: Request) -> bool:

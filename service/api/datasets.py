@@ -20,7 +20,7 @@ from service.api.problems import from_pydantic
 from service.api.schemas import DatasetForm, DatasetOut, Page, RowOut
 from service.core.errors import InvalidInput, NotFound, TooLarge
 from service.core.ids import new_id, new_token
-from service.db import catalog
+from service.db import catalog, garbage
 from service.db.idempotency import Answer, Claim, keep
 from service.db.models import Dataset
 from service.ml.dataset import TableFormat, UploadOptions, profile, read_rows
@@ -140,7 +140,9 @@ def store(
         found = profile(Path(file.name), options)
         dataset_id = new_id("ds")
         file.seek(0)
-        stored = ctx.storage.put(file, f"datasets/{dataset_id}/{new_token()}")
+        key = f"datasets/{dataset_id}/{new_token()}"
+        garbage.announce(ctx.db, key, ctx.clock())
+        stored = ctx.storage.put(file, key)
     dataset = Dataset(
         id=dataset_id, name=_name(form, upload), created_at=ctx.clock(), sha256=stored.sha256,
         size_bytes=stored.size_bytes, storage_key=stored.key, profile=asdict(found),
@@ -149,9 +151,10 @@ def store(
         with ctx.db.write() as session:
             session.add(dataset)
             session.flush()
+            garbage.named(session, [key])
             return then(session, dataset)
-    except BaseException:
-        ctx.storage.delete(stored.key)
+    except BaseException:  # a commit that seems to have failed may stand: what the row names is not deleted
+        garbage.give_up(ctx.db, key, ctx.clock())
         raise
 
 

@@ -17,12 +17,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _JOB_ID = re.compile(r"job_[0-9a-f]{26}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LOOKS = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds, for ever
+# No other site's page may frame an answer, to have it clicked on, and no browser may take it for another type.
+_HEADERS = ((b"x-frame-options", b"DENY"), (b"x-content-type-options", b"nosniff"))
 log = logging.getLogger("tuneproof.api")
 access = logging.getLogger("tuneproof.access")
 
 
 class Envelope:
-    """Around every request: its id, its figures, the limit of its body, and a plain 500 where something broke."""
+    """Around every request: its id, its figures, what browsers are told, the limit of its body, and what is broken."""
 
     def __init__(self, app: ASGIApp, meters: Meters, max_body_bytes: int) -> None:
         self.app, self.meters, self.max_body_bytes = app, meters, max_body_bytes
@@ -46,7 +48,7 @@ class Envelope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 streams = any(value.startswith(b"text/event-stream") for _name, value in message.get("headers", ()))
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", []), *_HEADERS, (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
@@ -55,9 +57,7 @@ class Envelope:
             log.error("request %s failed\n%s", request_id, logs.where(error))
             if status:
                 raise
-            answer = problems.problem(
-                Request(scope), 500, "internal", "Something broke on our side; the log names it by this request's id."
-            )
+            answer = problems.crashed(Request(scope), error)
             await answer(scope, receive, send_with_id)
         finally:
             self._account(scope, status, time.perf_counter() - start, streams=streams)

@@ -155,6 +155,8 @@ def _entrant(ctx: Context, name: str) -> Entrant:
         status, summary = job.status, job.summary
     if status != "succeeded" or summary is None:
         raise Conflict(f"{job_id} is {status}; only jobs that succeeded can be compared.")
+    if "methods" not in summary:
+        raise Conflict(f"{job_id} labelled a file; only jobs that ran methods on test rows can be compared.")
     method = method or ("lora" if "lora" in summary["methods"] else summary["recommendation"]["method"])
     if method not in summary["methods"]:
         raise InvalidInput(f"{job_id} ran no such method; it ran {', '.join(summary['methods'])}.")

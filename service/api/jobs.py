@@ -37,10 +37,7 @@ _TYPES = {
     ".jsonl": "application/jsonl", ".txt": "text/plain; charset=utf-8", ".md": "text/markdown; charset=utf-8",
 }  # fmt: skip
 # The report is our own page, but it shows other people's texts: it may load and run nothing.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox",
-    "X-Content-Type-Options": "nosniff",
-}
+_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"}
 
 
 @router.post("/jobs", status_code=202, response_model=JobOut, openapi_extra=takes(json="JobSpec", form="JobUpload"))
@@ -141,7 +138,10 @@ def get_artifact(request: Request, ctx: Ctx, job_id: str, name: str) -> Response
             start, size, status = found[0], found[1], 206
             headers["Content-Range"] = f"bytes {start}-{start + size - 1}/{artifact.size_bytes}"
     headers["Content-Length"] = str(size)
-    chunks = ctx.storage.chunks(artifact.storage_key, start, size)
+    try:
+        chunks = ctx.storage.chunks(artifact.storage_key, start, size)
+    except FileNotFoundError:
+        raise NotFound("The file has just been deleted.") from None
     return StreamingResponse(chunks, status, headers, media_type)
 
 

@@ -1,6 +1,7 @@
 """Every error as RFC 9457 problem+json, and which status each kind of error has."""
 
 import difflib
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -56,9 +57,9 @@ def problem(
     request: Request, status: int, code: str, detail: str, entries: Sequence[Mapping[str, Any]] = (),
     headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None,
 ) -> Response:  # fmt: skip
-    """One error answer; 401, 429 and 503 get the header that says what to do next. `more` are extension members."""
+    """One error answer, with the header that says what to do next where one does. `more` are extension members."""
     headers = dict(headers or {})
-    if status in (429, 503):
+    if status in (429, 503, 507):
         headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -75,6 +76,18 @@ def problem(
     # A lone surrogate cannot be written as UTF-8; it must not turn an error into a crash.
     written = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     return Response(written, status, headers, MEDIA_TYPE)
+
+
+def crashed(request: Request, error: Exception) -> Response:
+    """What broke on our side: 507 where a disk is full, else 500."""
+    cause: BaseException | None = error
+    while cause is not None:
+        database_says = getattr(getattr(cause, "orig", None), "sqlite_errorname", "")
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or database_says == "SQLITE_FULL":
+            detail = "The service's disk is full; nothing of this call was kept. Delete something, or give it more."
+            return problem(request, 507, errors.LowDisk.code, detail)
+        cause = cause.__cause__ or cause.__context__
+    return problem(request, 500, "internal", "Something broke on our side; the log names it by this request's id.")
 
 
 def install(app: FastAPI) -> None:

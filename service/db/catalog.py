@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session, selectinload
 
 from service.core.errors import Conflict, NotFound
 from service.core.ids import new_id
-from service.db import jobs, tallies
+from service.db import garbage, jobs, tallies
 from service.db.engine import Database, existing
-from service.db.models import Alias, AliasMove, ApiKey, Dataset, Garbage, Job, Model, Worker
+from service.db.models import Alias, AliasMove, ApiKey, Dataset, Job, Model, Worker
 
 SCOPES = ("predict", "read", "write", "admin")
 """Each holds those before it."""
@@ -43,7 +43,7 @@ def remove_dataset(session: Session, dataset_id: str, now: datetime, grace: time
     if waiting is not None:
         raise Conflict(f"{waiting} is still at work on this dataset. Wait for it, or cancel it, then delete.")
     jobs.drop_texts(session, dataset_id, now, grace)
-    session.add(Garbage(prefix=dataset.storage_key, delete_after=now + grace))
+    garbage.discard(session, dataset.storage_key, now + grace)
     session.delete(dataset)
 
 
@@ -91,7 +91,7 @@ def remove_model(session: Session, model_id: str, now: datetime, grace: timedelt
     names = aliases_of(session, [model_id])[model_id]
     if names:
         raise Conflict(f"The alias {names[0]!r} points to this model. Point it to another one, or delete it, first.")
-    session.add(Garbage(prefix=model.storage_prefix, delete_after=now + grace))
+    garbage.discard(session, model.storage_prefix, now + grace)
     session.delete(model)
     tallies.count_deleted_model(session)
 

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 
 from service.core.errors import Conflict, LeaseLost
 from service.core.ids import new_id, new_token
-from service.db import outbox, tallies
+from service.db import garbage, outbox, tallies
 from service.db.engine import Database, existing
-from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
+from service.db.models import Artifact, Dataset, Event, Job, Model
 
 Level = Literal["info", "warning", "error"]
 EventType = Literal["status", "progress", "metric", "message"]
@@ -171,7 +171,7 @@ def keep_checkpoint(db: Database, lease: Lease, prefix: str, now: datetime, grac
     with db.write() as session:
         job = _held(session, lease)
         if job.checkpoint_prefix != prefix:
-            _discard(session, job.checkpoint_prefix, now + grace)
+            garbage.discard(session, job.checkpoint_prefix, now + grace)
             job.checkpoint_prefix = prefix
 
 
@@ -186,11 +186,12 @@ def publish(
     """
     with db.write() as session:
         job = _held(session, lease, statuses=("running",))
-        _discard(session, job.checkpoint_prefix, now + grace)
+        garbage.discard(session, job.checkpoint_prefix, now + grace)
         job.checkpoint_prefix, job.error, job.summary = None, None, summary
         job.progress_fraction, job.progress_message = 1.0, "done"
         job.model_id = next((model.id for model in models if model.method == "lora"), job.model_id)
         name = job.name
+        garbage.named(session, [model.storage_prefix for model in models])
         version = session.scalars(select(func.coalesce(func.max(Model.version), 0)).where(Model.name == name)).one()
         session.add_all(Artifact(job_id=lease.job_id, **asdict(artifact)) for artifact in artifacts)
         session.add_all(
@@ -205,7 +206,7 @@ def fail(db: Database, lease: Lease, error: dict[str, Any], now: datetime, grace
     """Ends the job for good: trying again would end the same way. Raises LeaseLost."""
     with db.write() as session:
         job = _held(session, lease)
-        _discard(session, lease.prefix, now + grace)
+        garbage.discard(session, lease.prefix, now + grace)
         _fail(session, job, error, now)
 
 
@@ -222,7 +223,7 @@ def give_back(db: Database, lease: Lease, now: datetime, grace: timedelta) -> No
     """
     with db.write() as session:
         job = _held(session, lease)
-        _discard(session, lease.prefix, now + grace)
+        garbage.discard(session, lease.prefix, now + grace)
         if job.status == "cancelling":
             _end(session, job, "cancelled", "cancelled", now)
             return
@@ -235,7 +236,7 @@ def confirm_cancelled(db: Database, lease: Lease, now: datetime, grace: timedelt
     """The attempt has stopped, as was asked. Raises LeaseLost."""
     with db.write() as session:
         job = _held(session, lease)
-        _discard(session, lease.prefix, now + grace)
+        garbage.discard(session, lease.prefix, now + grace)
         _end(session, job, "cancelled", "cancelled", now)
 
 
@@ -288,7 +289,7 @@ def remove(session: Session, job_id: str, now: datetime, grace: timedelta) -> No
     job = get(session, job_id, lock=True)
     if job.status not in TERMINAL:
         raise Conflict(f"The job is {job.status}. Cancel it first with POST /jobs/{job_id}/cancel.")
-    _discard(session, f"jobs/{job_id}", now + grace)
+    garbage.discard(session, f"jobs/{job_id}", now + grace)
     session.delete(job)
 
 
@@ -311,12 +312,12 @@ def drop_texts(session: Session, dataset_id: str, now: datetime, grace: timedelt
     of_dataset = select(Job.id).where(Job.dataset_id == dataset_id)
     found = session.scalars(select(Artifact).where(Artifact.job_id.in_(of_dataset), Artifact.holds_texts)).all()
     for artifact in found:
-        _discard(session, artifact.storage_key, now + grace)
+        garbage.discard(session, artifact.storage_key, now + grace)
         session.delete(artifact)
     # A checkpoint holds weights, or texts that are labelled already; without the others the job cannot go on from it.
     # All of a job's are discarded: one whose attempt was lost before it was kept has no other trace.
     for job in session.scalars(select(Job).where(Job.dataset_id == dataset_id)):
-        _discard(session, f"jobs/{job.id}/checkpoints", now + grace)
+        garbage.discard(session, f"jobs/{job.id}/checkpoints", now + grace)
         job.checkpoint_prefix = None
 
 
@@ -325,18 +326,6 @@ def add_event(
     data: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     session.add(Event(job_id=job_id, created_at=now, level=level, type=kind, message=message, data=data or {}))
-
-
-def due_garbage(db: Database, now: datetime) -> list[tuple[int, str]]:
-    """`(id, prefix)` of bytes whose grace time is over."""
-    with db.read() as session:
-        due = session.execute(select(Garbage.id, Garbage.prefix).where(Garbage.delete_after <= now).limit(100))
-        return [(row.id, row.prefix) for row in due]
-
-
-def collected(db: Database, garbage_id: int) -> None:
-    with db.write() as session:
-        session.execute(delete(Garbage).where(Garbage.id == garbage_id))
 
 
 def _held(session: Session, lease: Lease, statuses: Sequence[str] = HELD) -> Job:
@@ -381,7 +370,7 @@ def _fail(session: Session, job: Job, error: dict[str, Any], now: datetime) -> N
 
 def _lose(session: Session, job: Job, reason: str, max_attempts: int, now: datetime, grace: timedelta) -> None:
     assert job.lease_token is not None  # it is held
-    _discard(session, Lease(job.id, job.attempt, job.lease_token).prefix, now + grace)
+    garbage.discard(session, Lease(job.id, job.attempt, job.lease_token).prefix, now + grace)
     job.failures += 1
     if job.status == "cancelling":
         _end(session, job, "cancelled", f"cancelled; {reason}", now)
@@ -398,8 +387,3 @@ def _lose(session: Session, job: Job, reason: str, max_attempts: int, now: datet
         _queue(job)
         message = f"attempt {job.attempt} ended: {reason}; queued again"
         add_event(session, job.id, "status", message, now, level="warning", data={"failures": job.failures})
-
-
-def _discard(session: Session, prefix: str | None, delete_after: datetime) -> None:
-    if prefix is not None:
-        session.add(Garbage(prefix=prefix, delete_after=delete_after))

@@ -64,8 +64,11 @@ class Storage:
         return stream
 
     def chunks(self, key: str, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-        """The bytes from `start` on, `size` of them or all."""
-        with self.open(key) as stream:
+        """The bytes from `start` on, `size` of them or all. Raises FileNotFoundError here, not on the way."""
+        return self._read(self.open(key), start, size)
+
+    def _read(self, opened: IO[bytes], start: int, size: int | None) -> Iterator[bytes]:
+        with opened as stream:
             stream.seek(start)
             left = size
             while left is None or left > 0:
@@ -103,8 +106,9 @@ class Storage:
     def delete(self, prefix: str) -> None:
         """Deletes a key or everything below it; what is not there is no error."""
         path = self._path(prefix)
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm(path, recursive=True)
+        while self._fs.exists(path):  # where somebody else deletes it too, `rm` stops at what is gone already
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm(path, recursive=True)
 
     def probe(self) -> None:
         """Raises OSError where the storage cannot be reached."""

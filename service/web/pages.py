@@ -10,7 +10,6 @@ _HEADERS = {
     # Texts and labels of strangers are shown: only our own files run, and no page of another site may frame these.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",
     # Asked again each time by ETag, so that after an upgrade no page runs old scripts against a new API.
     "Cache-Control": "no-cache",

@@ -12,14 +12,14 @@ import numpy as np
 from sqlalchemy import update
 
 from service.core.ids import new_id
-from service.db import catalog, jobs
+from service.db import catalog
 from service.db.jobs import NewArtifact
 from service.db.models import Dataset, Job
 from service.ml.dataset import TableFormat
 from service.ml.evidence import same_texts
 from service.ml.split import PARTS, read_split, stratified_subset
 from service.storage import StoredText
-from tests.rows import GRACE, START, add_job, claim, model
+from tests.rows import GRACE, START, add_job, claim, model, publish_stored
 from tests.storing import put_folder
 from worker.artifacts import flips, write_flips, write_json, write_predictions, write_split
 from worker.compare import MethodAnswers, compare_all, unproven
@@ -146,7 +146,7 @@ def leave(
     stored = put_folder(context.storage, out, lease.prefix)
     files = [(file, file.key.removeprefix(f"{lease.prefix}/")) for file in stored]
     left = [NewArtifact(own, f.size_bytes, f.sha256, f.key, own in HOLDS_TEXTS) for f, own in files]
-    jobs.publish(context.db, lease, left, served, summary, START, GRACE)
+    publish_stored(context.db, lease, left, served, summary, START, GRACE)
     kept = {method: next(iter(parts.values())).label_ids for method, parts in answers.items()}
     return Finished(lease.job_id, dataset.id, list(labels), metrics, changed, kept, true_ids, ids)
 

@@ -192,6 +192,12 @@ def test_a_call_that_a_proxy_passed_on_is_not_taken_for_loopback(tmp_path: Path)
         problem_of(forwarded, 401, "unauthorized")
 
 
+def test_a_caller_without_a_network_address_is_not_on_this_machine(tmp_path: Path) -> None:
+    """A proxy may pass on `unknown`, or a name."""
+    with TestClient(make_app_on(tmp_path, ""), client=("unknown", 1)) as client:
+        problem_of(client.get("/jobs"), 401, "unauthorized")
+
+
 # The first key ------------------------------------------------------------------------------------
 def test_a_bootstrap_key_is_the_first_admin_key_and_only_the_first(tmp_path: Path) -> None:
     secret = "a-first-key-for-containers"

@@ -15,6 +15,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 
+from service import main
 from service.api import datasets as datasets_module
 from service.db import catalog
 from service.db import idempotency as kept
@@ -55,6 +56,8 @@ class Service:
             return session.scalar(select(func.count()).select_from(table)) or 0
 
     def stored_files(self) -> int:
+        """After what is no longer needed was collected."""
+        main._round(self.context)
         return sum(path.is_file() for path in (self.context.settings.data_dir / "storage").rglob("*"))
 
 

@@ -17,7 +17,7 @@ from service.db import jobs
 from service.db.jobs import Progress
 from service.db.models import Job
 from tests.problems import problem_of
-from tests.rows import ARTIFACTS, GRACE, START, add_dataset, add_job, add_published, claim, model
+from tests.rows import ARTIFACTS, GRACE, START, add_dataset, add_job, add_published, claim, model, publish_stored
 
 Start = Callable[..., TestClient]
 TABLE = b"text,label\n" + b"".join(b"text number %d,%s\n" % (i, b"ab"[i % 2 : i % 2 + 1]) for i in range(12))
@@ -309,7 +309,7 @@ def test_a_file_to_predict_is_read_from_the_column_that_the_model_learned_from(s
     dataset_id = client.post("/datasets", files=learned, data={"text_column": "message_raw"}).json()["id"]
     assert client.post("/jobs", json={"dataset_id": dataset_id}).status_code == 202
     db, made = context(client).db, model()
-    jobs.publish(db, claim(db).lease, [], [made], {}, START, GRACE)
+    publish_stored(db, claim(db).lease, [], [made], {}, START, GRACE)
     form = {"spec": json.dumps({"kind": "predict", "model": made.id})}
     for header, text_column in (("text,message_raw", "message_raw"), ("text,other", "text")):
         sent = {"file": ("n.csv", f"{header}\nso it is,so it was\nhow it is,how it was\n".encode())}
@@ -764,7 +764,7 @@ def test_a_publish_that_meets_a_used_name_takes_the_next_version(start: Start) -
     db = context(client).db
     for method in ("embedding_logreg", "lora"):
         add_job(db)
-        jobs.publish(db, claim(db).lease, [], [model(method)], {}, START, GRACE)
+        publish_stored(db, claim(db).lease, [], [model(method)], {}, START, GRACE)
     versions = [(made["method"], made["version"]) for made in client.get("/models").json()["data"]]
     assert versions == [("lora", 2), ("embedding_logreg", 1)]
     assert client.get("/jobs?status=succeeded").json()["data"][1]["model_id"] is None
@@ -775,3 +775,22 @@ def test_what_a_refusal_raises_is_an_app_error() -> None:
 
     with pytest.raises(AppError):
         parse_json(JobSpec, '{"name": "\ud800"}')
+
+
+def test_an_artifact_whose_bytes_are_gone_is_not_found_before_anything_is_answered(start: Start) -> None:
+    client = start()
+    ctx = context(client)
+    job_id, _model = add_published(ctx.db, ctx.storage)
+    ctx.storage.delete(f"jobs/{job_id}")
+    problem_of(client.get(f"/jobs/{job_id}/artifacts/metrics.json"), 404, "not_found")
+
+
+def test_a_job_that_labelled_a_file_cannot_be_compared_and_says_so(start: Start) -> None:
+    client = start()
+    db = context(client).db
+    for _ in range(2):
+        add_job(db)
+        publish_stored(db, claim(db).lease, [], [], {"headline": "labelled"}, START, GRACE)
+    ids = [job["id"] for job in client.get("/jobs").json()["data"]]
+    answer = client.get("/compare", params={"jobs": ",".join(ids)})
+    assert "labelled a file" in problem_of(answer, 409, "conflict")["detail"]

@@ -17,7 +17,7 @@ from service.api.meters import Meters
 from service.db import catalog, jobs
 from service.db.jobs import Progress
 from service.inference.wire import Figures
-from tests.rows import GRACE, START, StillClock, add_job, claim, model
+from tests.rows import GRACE, START, StillClock, add_job, claim, model, publish_stored
 
 DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 Start = Callable[..., TestClient]
@@ -58,7 +58,7 @@ def busy(start: Start) -> TestClient:
     lease = claim(ctx.db).lease
     for seconds, stage in ((2, "baseline"), (5, "baseline"), (30, "train")):
         jobs.report(ctx.db, lease, START + timedelta(seconds=seconds), Progress(stage, 0.5, "canary", None))
-    jobs.publish(ctx.db, lease, [], [model()], {}, START + timedelta(seconds=90), GRACE)
+    publish_stored(ctx.db, lease, [], [model()], {}, START + timedelta(seconds=90), GRACE)
     add_job(ctx.db, now=START - timedelta(seconds=40))
     add_job(ctx.db)
     client.get("/healthz")

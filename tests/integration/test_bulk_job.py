@@ -17,14 +17,13 @@ from sqlalchemy import select
 from transformers import AutoTokenizer
 
 from service.core.settings import Settings
-from service.db import jobs
 from service.db.models import Garbage
 from service.main import create_app
 from service.ml.adapter import WEIGHTS, save_head
 from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.manifest import Manifest
 from tests.adapters import labels, manifest, save_random_adapter
-from tests.rows import GRACE, START, add_job, claim, fresh_database, model
+from tests.rows import GRACE, START, add_job, claim, fresh_database, model, publish_stored
 from tests.storing import put_folder
 from tests.tiny import BERT, QWEN3, labelled_texts
 from tests.waiting import until
@@ -108,7 +107,7 @@ class Service:
         )  # fmt: skip
         put_folder(self.ctx.storage, folder, made.storage_prefix)
         add_job(self.ctx.db, name=folder.name)
-        jobs.publish(self.ctx.db, claim(self.ctx.db).lease, [], [made], {}, START, GRACE)
+        publish_stored(self.ctx.db, claim(self.ctx.db).lease, [], [made], {}, START, GRACE)
         return made.id
 
     def submit(self, model_id: str, times: int = 1, **spec: Any) -> str:

@@ -20,13 +20,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
 
 from service.core.settings import Settings
-from service.db import jobs
 from service.main import create_app
 from service.ml.base_models import find_base, locate
 from service.ml.manifest import Manifest
 from tests.adapters import labels, save_random_adapter, stock_logits
 from tests.problems import problem_of
-from tests.rows import GRACE, START, add_job, claim, fresh_database, model
+from tests.rows import GRACE, START, add_job, claim, fresh_database, model, publish_stored
 from tests.storing import put_folder
 from tests.tiny import BERT, DISTILBERT, labelled_texts
 from tests.waiting import until
@@ -92,7 +91,7 @@ class Serving:
         )  # fmt: skip
         put_folder(ctx.storage, folder, made.storage_prefix)
         add_job(ctx.db, name=name)
-        jobs.publish(ctx.db, claim(ctx.db).lease, [], [made], {}, START, GRACE)
+        publish_stored(ctx.db, claim(ctx.db).lease, [], [made], {}, START, GRACE)
         self.ids[name] = made.id
         return made.id
 
@@ -409,7 +408,7 @@ def test_a_base_of_another_revision_or_with_broken_weights_is_not_served_and_say
         made = model(base_model=base, base_revision="sha256:another" if base == BERT else locate(
             find_base(base, serving.models_dir)).revision)  # fmt: skip
         add_job(ctx.db, name=base)
-        jobs.publish(ctx.db, claim(ctx.db).lease, [], [made], {}, START, GRACE)
+        publish_stored(ctx.db, claim(ctx.db).lease, [], [made], {}, START, GRACE)
         body = problem_of(serving.answered(made.id), 503, "base_not_served")
         assert base in body["detail"]
     assert_right(serving, "four", serving.ask(serving.ids["four"]))

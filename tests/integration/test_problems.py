@@ -1,21 +1,28 @@
 """One shape for every error, whatever it comes from."""
 
 import asyncio
+import errno
 import logging
+import os
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 
 import worker.supervisor  # noqa: F401 -- errors that any room defines are to be known here
 from service.api.problems import status_of
 from service.core.errors import AppError
+from service.db import garbage, jobs
+from service.main import _round
 from service.storage import Storage
 from tests.integration.conftest import make_app
 from tests.problems import every_error, problem_of
-from tests.rows import add_job, add_published
+from tests.rows import GRACE, StillClock, add_job, add_published, claim
 
 Start = Callable[..., TestClient]
 
@@ -211,12 +218,6 @@ def test_housekeeping_goes_on_after_an_error_and_forgets_at_every_twelfth_round(
 
 
 def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing_up(tmp_path: Any) -> None:
-    from datetime import timedelta
-
-    from service.db import jobs
-    from service.main import _round
-    from tests.rows import GRACE, StillClock, claim
-
     clock = StillClock()
     app = make_app(tmp_path / "data", clock=clock)
     ctx = app.state.context
@@ -240,6 +241,93 @@ def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing
     _round(ctx)
     assert [folder.exists() for folder in job_folders] == [True, False]
     ctx.storage.delete = real
+    clock.now += timedelta(minutes=1)
     _round(ctx)
     assert not job_folders[0].exists()
-    assert jobs.due_garbage(ctx.db, clock.now) == []
+    assert garbage.due(ctx.db, clock.now) == []
+
+
+def test_a_hundred_that_cannot_be_deleted_hold_nothing_up(tmp_path: Any) -> None:
+    clock = StillClock()
+    ctx = make_app(tmp_path / "data", clock=clock).state.context
+    with ctx.db.write() as session:
+        for number in range(250):
+            garbage.discard(session, f"jobs/{number}", clock.now)
+    deleted = []
+
+    def delete(prefix: str) -> None:
+        if int(prefix.rpartition("/")[2]) < 200:
+            raise OSError("read-only")
+        deleted.append(prefix)
+
+    ctx.storage.delete = delete
+    for _ in range(3):
+        _round(ctx)
+    assert len(deleted) == 50
+
+
+def test_what_a_killed_process_left_of_an_upload_is_deleted_a_day_later(tmp_path: Any) -> None:
+    clock = StillClock()
+    ctx = make_app(tmp_path / "data", clock=clock).state.context
+    old, new = (tmp_path / "data" / "tmp" / name for name in ("old", "new"))
+    for file, age_seconds in ((old, 90_000), (new, 80_000)):
+        file.write_bytes(b"text,label")
+        os.utime(file, (clock.now.timestamp() - age_seconds,) * 2)
+    _round(ctx)
+    assert [file.exists() for file in (old, new)] == [False, True]
+
+
+TABLE = b"text,label\n" + b"".join(b"text number %d,%s\n" % (i, (b"fee", b"refund")[i % 2]) for i in range(12))
+
+
+def test_an_upload_cut_off_between_its_bytes_and_its_row_is_collected(tmp_path: Any) -> None:
+    clock = StillClock()
+    app = make_app(tmp_path / "data", clock=clock)
+    ctx = app.state.context
+    with TestClient(app, client=("127.0.0.1", 1), raise_server_exceptions=False) as client:
+        with mock.patch("service.db.garbage.named", side_effect=KeyError), mock.patch("service.db.garbage.give_up"):
+            answer = client.post("/datasets", files={"file": TABLE})
+        assert answer.status_code == 500
+        [file] = [path for path in (tmp_path / "data" / "storage").rglob("*") if path.is_file()]
+        _round(ctx)
+        assert file.exists()
+        clock.now += garbage.UNNAMED
+        _round(ctx)
+        assert not file.exists()
+
+
+@pytest.mark.parametrize("full", ["storage", "database"])
+def test_a_disk_that_fills_while_an_upload_is_stored_is_507_and_nothing_is_kept(tmp_path: Any, full: str) -> None:
+    app = make_app(tmp_path / "data")
+    ctx = app.state.context
+    with TestClient(app, client=("127.0.0.1", 1)) as client:
+        if full == "storage":
+            with mock.patch("os.fsync", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+                answer = client.post("/datasets", files={"file": TABLE})
+        else:
+            with ctx.db.engine.connect() as connection:
+                pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+
+            def limit(connection: Any, _record: Any, _proxy: Any) -> None:
+                connection.execute(f"PRAGMA max_page_count = {pages}")
+
+            event.listen(ctx.db.engine, "checkout", limit)
+            for number in range(300):
+                answer = client.post("/datasets", files={"file": (f"{number}.csv", TABLE)})
+                if answer.status_code != 201:
+                    break
+        assert "disk is full" in problem_of(answer, 507, "low_disk")["detail"]
+        assert answer.headers["retry-after"]
+        listed = client.get("/datasets", params={"limit": 200}).json()["data"]
+        for dataset in listed:
+            assert client.get(f"/datasets/{dataset['id']}/rows").json()["data"]
+        files = [path for path in (tmp_path / "data" / "storage").rglob("*") if path.is_file()]
+        assert full == "database" or files == listed == []
+
+
+def test_no_answer_may_be_framed_or_guessed_at(tmp_path: Any) -> None:
+    with TestClient(make_app(tmp_path / "data"), client=("127.0.0.1", 1)) as client:
+        for path in ("/docs", "/healthz", "/nothing", "/ui/", "/datasets"):
+            headers = client.get(path).headers
+            assert headers.get_list("x-frame-options") == ["DENY"]
+            assert headers.get_list("x-content-type-options") == ["nosniff"]

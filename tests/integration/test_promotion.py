@@ -22,7 +22,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from service.api import gate
 from service.core.errors import AppError, BaseLoading, BaseNotServed, EngineUnavailable, QueueFull
-from service.db import catalog, jobs
+from service.db import catalog
 from service.db.jobs import NewArtifact
 from service.inference.handle import Scores
 from service.inference.wire import ServedModel
@@ -32,7 +32,7 @@ from service.ml.split import read_split
 from service.storage import StoredText
 from tests.integration.conftest import QuietEngine, api
 from tests.problems import problem_of
-from tests.rows import GRACE, START, add_job, claim, model
+from tests.rows import GRACE, START, add_job, claim, model, publish_stored
 from tests.storing import put_folder
 from worker.artifacts import write_json, write_predictions, write_split
 from worker.predictions import NO_ANSWER, Predictions
@@ -131,7 +131,7 @@ class World:
             for f in stored
         ]
         made = model(method, labels=list(table.labels.names))
-        jobs.publish(self.ctx.db, lease, left, [made], {}, START, GRACE)
+        publish_stored(self.ctx.db, lease, left, [made], {}, START, GRACE)
         self.engine.answers[made.id] = (table.labels.names, served or answer)
         return made.id
 

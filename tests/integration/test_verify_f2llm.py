@@ -10,9 +10,9 @@ import torch
 from service.ml.base_models import Located, find_base, locate
 from tests.tiny import BERT, EOS, QWEN3, QWEN3_EOS, save_qwen3
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import verify_f2llm as verify
+import _verify_f2llm as verify
 
 pytestmark = pytest.mark.more
 

@@ -1,5 +1,6 @@
 """The supervisor: with children that follow a script here, and with real ones (marked `more`) at the end."""
 
+import errno
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from sqlalchemy import delete, select
 
 from service.core.settings import Settings
 from service.core.spec import JobSpec
-from service.db import catalog, jobs
+from service.db import catalog, garbage, jobs
 from service.db.engine import Database
 from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
 from tests.rows import GRACE, START, StillClock, add_dataset, add_job, fresh_database, read_job
@@ -335,6 +337,35 @@ def test_a_lease_lost_while_publishing_leaves_nothing(bench: Bench, monkeypatch:
     assert bench.rows(Artifact) == bench.rows(Model) == []
     assert bench.files() == {"datasets"}
     assert bench.attempt(leaves(), RESULT).status == "succeeded"
+
+
+@pytest.mark.parametrize("broken", [1, 2, 3, 4, 5])
+def test_a_publish_that_breaks_at_any_file_leaves_bytes_that_are_collected(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """As by a full disk, or a power cut between the files: the put says nothing and no handler of ours runs."""
+    real, puts = bench.storage.put, []
+
+    def put(source: Any, key: str) -> Any:
+        puts.append(key)
+        if len(puts) == broken:
+            bench.storage.put = real  # type: ignore[method-assign]
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(source, key)
+
+    monkeypatch.setattr(bench.storage, "put", put)
+    with pytest.raises(OSError, match="No space left"):
+        bench.attempt(leaves(), RESULT)
+    assert bench.rows(Artifact) == bench.rows(Model) == []
+    bench.clock.now += timedelta(seconds=31)
+    assert bench.attempt(leaves(), RESULT).status == "succeeded"
+    named = {artifact.storage_key for artifact in bench.rows(Artifact)}
+    [made] = bench.rows(Model)
+    for _id, prefix in garbage.due(bench.db, bench.clock.now + timedelta(days=1, seconds=1)):
+        bench.storage.delete(prefix)
+    stored = {path for path in (bench.folder / "storage").rglob("*") if path.is_file()}
+    keys = {path.relative_to(bench.folder / "storage").as_posix() for path in stored}
+    assert keys == named | {f"{made.storage_prefix}/{name}" for name in made.files} | {"datasets/ds/file"}
 
 
 def test_a_job_that_is_cancelled_ends_cancelled_and_its_child_was_asked_first(bench: Bench) -> None:

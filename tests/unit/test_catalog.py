@@ -13,7 +13,18 @@ from service.db import catalog, jobs
 from service.db.engine import Database
 from service.db.jobs import NewModel
 from service.db.models import Artifact, Dataset, Garbage, Job, Model
-from tests.rows import GRACE, START, add_dataset, add_job, artifact, claim, fresh_database, model, read_job
+from tests.rows import (
+    GRACE,
+    START,
+    add_dataset,
+    add_job,
+    artifact,
+    claim,
+    fresh_database,
+    model,
+    publish_stored,
+    read_job,
+)
 
 
 @pytest.fixture
@@ -35,7 +46,7 @@ def published(db: Database, dataset_id: str | None = None, made: NewModel | None
         artifact("predictions.csv", lease.prefix, holds_texts=True),
         artifact("report.html", lease.prefix, holds_texts=True),
     ]
-    jobs.publish(db, lease, artifacts, [made], {"headline": "fine"}, START, GRACE)
+    publish_stored(db, lease, artifacts, [made], {"headline": "fine"}, START, GRACE)
     return job_id, made.id
 
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from sqlalchemy import event, func, select
 
 from service.core.errors import Conflict, LeaseLost, NotFound
+from service.db import garbage as garbage_notes
 from service.db import jobs
 from service.db.engine import Database
 from service.db.jobs import Lease, Progress
@@ -30,6 +31,7 @@ from tests.rows import (
     claim,
     fresh_database,
     model,
+    publish_stored,
     read_job,
 )
 
@@ -64,9 +66,9 @@ def snapshot(db: Database) -> list[Any]:
         ]
 
 
-def publish(db: Database, lease: Lease, now: datetime = START, **given: Any) -> None:
+def publish(db: Database, lease: Lease, now: datetime = START, *, by: Any = publish_stored, **given: Any) -> None:
     values = {"artifacts": [artifact("metrics.json", lease.prefix)], "models": [model()], "summary": {"methods": {}}}
-    jobs.publish(db, lease, now=now, grace=GRACE, **values | given)
+    by(db, lease, now=now, grace=GRACE, **values | given)
 
 
 # Claims -------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ WRITES: dict[str, Callable[[Database, Lease], object]] = {
     "report an event": lambda db, lease: jobs.report(db, lease, LATER, events=[("info", "message", "hello", {})]),
     "report a spec": lambda db, lease: jobs.report(db, lease, LATER, spec={"seed": 1}),
     "keep_checkpoint": lambda db, lease: jobs.keep_checkpoint(db, lease, "jobs/x/checkpoints/1", LATER, GRACE),
-    "publish": lambda db, lease: publish(db, lease, LATER),
+    "publish": lambda db, lease: publish(db, lease, LATER, by=jobs.publish),
     "fail": lambda db, lease: jobs.fail(db, lease, ERROR, LATER, GRACE),
     "lose": lambda db, lease: jobs.lose(db, lease, "killed", MAX_ATTEMPTS, LATER, GRACE),
     "give_back": lambda db, lease: jobs.give_back(db, lease, LATER, GRACE),
@@ -372,6 +374,8 @@ def test_a_publish_that_breaks_in_the_middle_shows_nothing(db: Database, table: 
     add_job(db)
     lease = claim(db).lease
     jobs.keep_checkpoint(db, lease, "jobs/x/checkpoints/1", START, GRACE)
+    made = model()
+    garbage_notes.announce(db, made.storage_prefix, START)
     before = snapshot(db)
 
     def fail(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
@@ -380,10 +384,33 @@ def test_a_publish_that_breaks_in_the_middle_shows_nothing(db: Database, table: 
 
     event.listen(db.engine, "before_cursor_execute", fail)
     with pytest.raises(OSError, match="disk is full"):
-        publish(db, lease)
+        publish(db, lease, by=jobs.publish, models=[made])
     event.remove(db.engine, "before_cursor_execute", fail)
     assert snapshot(db) == before
-    publish(db, lease)
+    publish(db, lease, by=jobs.publish, models=[made])
+
+
+def test_a_model_whose_bytes_were_collected_meanwhile_is_not_published(db: Database) -> None:
+    """Stopped for more than a day between storing and publishing."""
+    job_id = add_job(db)
+    lease, made = claim(db).lease, model()
+    garbage_notes.announce(db, made.storage_prefix, START)
+    assert garbage_notes.due(db, START + garbage_notes.UNNAMED - timedelta(seconds=1)) == []
+    [(garbage_id, prefix)] = garbage_notes.due(db, START + garbage_notes.UNNAMED)
+    assert prefix == made.storage_prefix
+    garbage_notes.collected(db, garbage_id)
+    with pytest.raises(Conflict, match="longer than"):
+        publish(db, lease, by=jobs.publish, models=[made])
+    assert read_job(db, job_id).status == "running"
+
+
+def test_giving_up_what_a_row_names_does_nothing(db: Database) -> None:
+    """As where a commit seemed to fail and stands."""
+    add_job(db)
+    lease, made = claim(db).lease, model()
+    publish(db, lease, models=[made])
+    garbage_notes.give_up(db, made.storage_prefix, START)
+    assert garbage_notes.due(db, START + timedelta(days=9)) == []
 
 
 def test_a_cancel_that_came_first_beats_the_publish(db: Database) -> None:
@@ -393,7 +420,7 @@ def test_a_cancel_that_came_first_beats_the_publish(db: Database) -> None:
         jobs.cancel(session, job_id, START)
     before = snapshot(db)
     with pytest.raises(LeaseLost):
-        publish(db, lease)
+        publish(db, lease, by=jobs.publish)
     assert snapshot(db) == before
     jobs.confirm_cancelled(db, lease, START, GRACE)
     assert read_job(db, job_id).status == "cancelled"
@@ -427,11 +454,11 @@ def test_deleting_a_job_keeps_its_models_and_makes_garbage_of_its_bytes(db: Data
 def test_garbage_is_due_only_after_its_grace_time(db: Database) -> None:
     job_id = add_job(db)
     jobs.fail(db, claim(db).lease, ERROR, START, GRACE)
-    assert jobs.due_garbage(db, START + GRACE - timedelta(seconds=1)) == []
-    [(garbage_id, prefix)] = jobs.due_garbage(db, START + GRACE)
+    assert garbage_notes.due(db, START + GRACE - timedelta(seconds=1)) == []
+    [(garbage_id, prefix)] = garbage_notes.due(db, START + GRACE)
     assert prefix.startswith(f"jobs/{job_id}/1-")
-    jobs.collected(db, garbage_id)
-    assert jobs.due_garbage(db, START + GRACE) == []
+    garbage_notes.collected(db, garbage_id)
+    assert garbage_notes.due(db, START + GRACE) == []
 
 
 # All of it, in any order --------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from alembic import command
 from alembic.script import ScriptDirectory
 
 from service.__main__ import main
-from service.db import catalog, jobs
+from service.db import catalog
 from service.db.engine import Database, alembic_config, migrate
 from service.db.models import Base, Dataset
-from tests.rows import GRACE, START, add_job, artifact, claim, model
+from tests.rows import GRACE, START, add_job, artifact, claim, model, publish_stored
+from worker.__main__ import main as worker
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_going_down_and_up_again_works_with_rows_in_the_tables(url: str) -> None
     db = Database(url)
     add_job(db)
     made = model()
-    jobs.publish(db, claim(db).lease, [artifact("metrics.json")], [made], {}, START, GRACE)
+    publish_stored(db, claim(db).lease, [artifact("metrics.json")], [made], {}, START, GRACE)
     with db.write() as session:
         catalog.point_alias(session, "live", made.id, START)
         catalog.create_key(session, "me", "admin", START)
@@ -86,6 +87,9 @@ def test_a_database_of_a_newer_tuneproof_is_refused_and_left_alone(
         migrate(url)
     monkeypatch.setenv("TUNEPROOF_DATA_DIR", str(tmp_path))
     assert main(["migrate"]) == 2
+    assert "Install that version" in capsys.readouterr().err
+    monkeypatch.setenv("TUNEPROOF_DATABASE_URL", url)
+    assert worker() == 2
     assert "Install that version" in capsys.readouterr().err
     assert tables(url) == set(Base.metadata.tables)
 

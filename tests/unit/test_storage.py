@@ -164,3 +164,28 @@ def test_a_put_that_breaks_leaves_nothing(storage: Storage) -> None:
         storage.put(Broken(BYTES), "jobs/1/a")
     with pytest.raises(FileNotFoundError):
         storage.open("jobs/1/a")
+
+
+def test_what_two_delete_at_once_is_gone_when_either_returns(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recursive delete gives up at the first file that somebody else has taken."""
+    for name in "abc":
+        put(storage, f"jobs/1/{name}")
+    real, calls = storage._fs.rm, []
+
+    def rm(path: str, recursive: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            storage._fs.rm_file(f"{path}/b")
+            raise FileNotFoundError(f"{path}/b")
+        real(path, recursive=recursive)
+
+    monkeypatch.setattr(storage._fs, "rm", rm)
+    storage.delete("jobs/1")
+    for name in "abc":
+        with pytest.raises(FileNotFoundError):
+            storage.open(f"jobs/1/{name}")
+
+
+def test_a_key_that_is_gone_is_told_before_the_first_byte_is_asked_for(storage: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.chunks("jobs/1/a")
