@@ -80,7 +80,9 @@ class TrainSpec(_Part):
     max_length: Annotated[int, Field(ge=8, description="In tokens; at most the base model's limit.")] = 192
     lora_rank: Annotated[int, Field(ge=1, le=256)] = 16
     lora_alpha: Annotated[int, Field(ge=1, le=512)] = 32
-    lora_dropout: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    lora_dropout: Annotated[
+        float, Field(ge=0, le=0.5, description="At 0 no tokens are left out of the texts either, else a tenth is.")
+    ] = 0.05
     target_modules: Literal["attention"] = "attention"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool | Auto = "auto"

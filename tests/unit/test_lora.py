@@ -23,7 +23,7 @@ from tests.tiny import BERT, DECODERS, DISTILBERT, ENCODERS, KEYWORDS, QWEN3, QW
 from worker.artifacts import write_json
 from worker.methods import training
 from worker.methods.checkpoint import Checkpoint, newest
-from worker.methods.frozen import C_GRID, FrozenBase, _linear_map, fit_probe
+from worker.methods.frozen import FrozenBase, fit_probe
 from worker.methods.lora import Lora
 from worker.methods.parts import Part, without_some
 from worker.methods.protocol import Rows
@@ -283,7 +283,8 @@ def test_a_tokenizer_without_a_pad_token_trains_in_batches_above_one(tiny_models
     assert "pad_token" not in json.loads((tiny_models / QWEN3 / "tokenizer_config.json").read_text())
     assert json.loads((tiny_models / QWEN3 / "config.json").read_text()).get("pad_token_id") is None
     base = frozen(tiny_models, QWEN3)
-    trained = fine_tune(base, tmp_path, rows(300, 3), batch_size=16, epochs=6, dropout=0.0)
+    # Nothing left out: one word decides in these texts, so one without it is mislabelled.
+    trained = fine_tune(base, tmp_path, rows(300, 3), batch_size=16, epochs=10, dropout=0.0)
     tokenizer, config = trained.backbone.tokenizer, trained.backbone.model.config
     assert config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
     assert trained.state.best_macro_f1 > trained.state.history[0]["validation_macro_f1"] + 0.1
@@ -309,12 +310,14 @@ def test_for_two_labels_the_head_is_half_of_scikit_learns_one_row_either_way(tin
     np.testing.assert_allclose(probe.weight[0], -probe.weight[1])
     np.testing.assert_array_equal(probe.bias, 0)
     states = base.states(train.texts)
-    by, _ = _linear_map(states["head"].astype(np.float64), states["pooled"].astype(np.float64), intercept=False)
-    x, x_validation = states["head"] @ by, base.states(validation.texts)["head"] @ by
-    scale = 1 / float(np.sqrt((x**2).sum(1).mean()))
-    fits = [LogisticRegression(C=c, max_iter=300, fit_intercept=False).fit(x * scale, train.label_ids) for c in C_GRID]
+    x, x_validation = states["head"], base.states(validation.texts)["head"]
+    scale = 1 / float(np.sqrt((x.astype(np.float64) ** 2).sum(1).mean()))
+    fits = [
+        LogisticRegression(C=c, max_iter=300, fit_intercept=False).fit(x * scale, train.label_ids)
+        for c in (30.0, 300.0)
+    ]
     got = base.states(validation.texts)["head"] @ (probe.weight[1] - probe.weight[0])
-    assert any(np.allclose(got, fit.decision_function(x_validation * scale), atol=0.02) for fit in fits)
+    assert any(np.allclose(got, fit.decision_function(x_validation * scale), atol=1e-3) for fit in fits)
 
 
 def test_steps_too_small_to_matter_leave_the_probes_answers(tiny_models, tmp_path):
@@ -486,7 +489,7 @@ def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(tiny_models,
     for i, seed in enumerate((7, 7, 2**32 - 1)):
         fine_tune(frozen(tiny_models, QWEN3), tmp_path / str(i), seed=seed, epochs=1)
     one, again, other = (last(tmp_path / str(i)).weights[LORA] for i in range(3))
-    torch.testing.assert_close(one, again)
+    assert torch.equal(one, again)
     assert (one - other).abs().max() > 1e-3
 
 
@@ -494,6 +497,13 @@ def test_a_checkpoint_of_another_recipe_is_not_continued(tiny_models, tmp_path):
     fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
     trained = fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=2)
     assert [e["epoch"] for e in trained.state.history] == [0, 1, 2]
+
+
+def test_a_checkpoint_of_code_that_trained_otherwise_is_not_continued(tiny_models, tmp_path):
+    fine_tune(frozen(tiny_models, QWEN3), tmp_path, epochs=1)
+    found = newest(tmp_path / "checkpoints", recipe(epochs=1).__dict__)
+    assert found is not None
+    assert newest(tmp_path / "checkpoints", recipe(epochs=1).__dict__ | {"method": 3}) is None
 
 
 def test_a_checkpoint_half_written_when_the_machine_stopped_is_passed_over(tiny_models, tmp_path):

@@ -108,7 +108,8 @@ def test_the_probe_is_scikit_learns_best_on_the_validation_rows(kind, intercept,
         x, x_validation = (pooling.predict(of.astype(np.float64)).astype(np.float32) for of in (x, x_validation))
     scale = 1 / float(np.sqrt((x.astype(np.float64) ** 2).sum(1).mean()))
     fits = [
-        LogisticRegression(C=c, max_iter=300, fit_intercept=intercept).fit(x * scale, train.label_ids) for c in C_GRID
+        LogisticRegression(C=c, max_iter=300, fit_intercept=intercept).fit(x * scale, train.label_ids)
+        for c in C_GRID["pooled"]
     ]
     best = max(fits, key=lambda fit: fit.score(x_validation * scale, VALIDATION.label_ids))
     logits = of_validation[kind] @ probe.weight.T + probe.bias
@@ -120,6 +121,22 @@ def test_the_probe_is_scikit_learns_best_on_the_validation_rows(kind, intercept,
     assert intercept or not probe.bias.any()
     if train is TRAIN_WITHOUT:
         assert LABELS.id_of(ABSENT) not in logits.argmax(1)
+
+
+def test_a_decoders_probe_keeps_what_tells_rows_apart_beside_a_large_common_part(tiny_models):
+    """As language models' states are: nearly one direction, and what matters is in the small others."""
+    base = frozen(tiny_models, QWEN3)
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(len(LABELS), 64))
+
+    def states(row_set):
+        own = centres[row_set.label_ids] + rng.normal(size=(len(row_set.texts), 64)) * 0.3
+        head = (own + 100.0).astype(np.float32)
+        return {"head": head, "pooled": head / np.linalg.norm(head, axis=1, keepdims=True)}
+
+    for row_set in (TRAIN, VALIDATION):
+        base._states[row_set.texts] = states(row_set)
+    assert fit_probe(base, TRAIN, VALIDATION, "head", intercept=False).validation_accuracy > 0.9
 
 
 def test_with_two_labels_left_in_train_the_third_is_never_answered(tiny_models):

@@ -29,7 +29,7 @@ class TrainingState:
         best_epoch: The one that stands highest on the validation rows so far.
         best_macro_f1: Its macro-F1 there, with `best_loss` to decide ties.
         train_seconds: Spent in training steps.
-        train_tokens: Real tokens trained on, padding not counted.
+        train_tokens: Of the rows trained on: no padding, and what a step left out of them counts too.
         rows_at_once: Of a batch, what fits into memory; 0 for all.
         history: What each epoch came to.
         log: All that was told, in order.

@@ -21,7 +21,7 @@ from worker.methods.trainable import Trainable
 
 LABEL_SMOOTHING = 0.1
 TOKEN_DROPOUT = 0.1
-"""Of a text's tokens, what is left out at each step; nothing where LoRA's dropout is 0."""
+"""Of a text's tokens but the first and last, what is left out at each step; nothing where LoRA's dropout is 0."""
 _GRACE_SECONDS = 1.0  # in which what it has open can be closed
 Computed = tuple[Tensor, tuple[Tensor, ...]]
 """A part's loss and the gradients of all weights."""

@@ -7,6 +7,9 @@ import numpy as np
 from service.core.spec import TrainSpec
 from service.ml.device import Precision
 
+METHOD = 2
+"""Raised where the same recipe comes to train otherwise: a checkpoint of before is not continued."""
+
 
 @dataclass(frozen=True)
 class LoraRecipe:
@@ -25,6 +28,7 @@ class LoraRecipe:
     balanced: bool
     patience: int
     seed: int
+    method: int = METHOD
 
     @classmethod
     def of(cls, spec: TrainSpec, seed: int) -> "LoraRecipe":
