@@ -18,6 +18,7 @@ from service.api.context import Context, Ctx, Limit, after, json_body, parse_jso
 from service.api.datasets import UPLOAD_FIELDS, read_form, store, upload_form
 from service.api.idempotency import IdempotencyKey, answer_once, form_content, json_content, respond
 from service.api.schemas import ArtifactOut, DatasetForm, JobOut, Page, ProgressOut
+from service.api.spreadsheet import inert_csv
 from service.core.endpoints import endpoint_name
 from service.core.errors import InvalidData, InvalidInput, NotFound, UnknownBaseModel
 from service.core.spec import ENDPOINT_PREFIX, JobSpec, Kind
@@ -124,12 +125,16 @@ def get_report(request: Request, ctx: Ctx, job_id: str) -> Response:
 
 
 @router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=Response)
-def get_artifact(request: Request, ctx: Ctx, job_id: str, name: str) -> Response:
-    """One file, or a range of its bytes."""
+def get_artifact(
+    request: Request, ctx: Ctx, job_id: str, name: str, safe: Literal["spreadsheet"] | None = None
+) -> Response:
+    """One file, or a range of its bytes; a CSV also with no cell that a spreadsheet would take for a formula."""
     artifact = artifact_of(ctx, job_id, name)
     headers = {"Accept-Ranges": "bytes", "ETag": f'"{artifact.sha256}"', **_PAGE_HEADERS}
     suffix = "." + name.rpartition(".")[2]
     media_type = _TYPES.get(suffix, "application/octet-stream")
+    if safe is not None:
+        return _inert(ctx, artifact, suffix, media_type)
     start, size, status = 0, artifact.size_bytes, 200
     asked = request.headers.get("range")
     if asked is not None and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
@@ -143,6 +148,17 @@ def get_artifact(request: Request, ctx: Ctx, job_id: str, name: str) -> Response
     except FileNotFoundError:
         raise NotFound("The file has just been deleted.") from None
     return StreamingResponse(chunks, status, headers, media_type)
+
+
+def _inert(ctx: Context, artifact: Artifact, suffix: str, media_type: str) -> Response:
+    """Raises InvalidInput where it is no CSV, NotFound."""
+    if suffix != ".csv":
+        raise InvalidInput("Only a CSV has a form for spreadsheets. Leave out `safe`.")
+    try:
+        stream = ctx.storage.open(artifact.storage_key)
+    except FileNotFoundError:
+        raise NotFound("The file has just been deleted.") from None
+    return StreamingResponse(inert_csv(stream), headers=_PAGE_HEADERS, media_type=media_type)
 
 
 def check_spec(ctx: Context, spec: JobSpec) -> None:

@@ -5,7 +5,7 @@ import csv
 import io
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -79,9 +79,29 @@ class Dialect:
     def cut(self, lines: Iterable[str]) -> Iterator[list[str]]:
         """The cells of each record; a `csv.Error` loses one record, and the next call goes on after it."""
         csv.field_size_limit(CELL_LIMIT)
-        if self.literal_quotes:
-            return csv.reader(lines, delimiter=self.delimiter, quoting=csv.QUOTE_NONE, strict=True)
-        return csv.reader(lines, delimiter=self.delimiter, strict=True)
+        read = partial(csv.reader, delimiter=self.delimiter, strict=True)
+        return _Records(lines, partial(read, quoting=csv.QUOTE_NONE) if self.literal_quotes else read)
+
+
+class _Records:
+    """The records of lines. One of over `LINE_LIMIT` characters is a `csv.Error`: quoted, it may go on for ever."""
+
+    def __init__(self, lines: Iterable[str], read: Callable[[Iterable[str]], Iterator[list[str]]]) -> None:
+        self._n_chars, self._records = 0, read(self._counted(lines))
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        self._n_chars = 0
+        return next(self._records)
+
+    def _counted(self, lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            self._n_chars += len(line)
+            if self._n_chars > LINE_LIMIT:
+                raise csv.Error(_OVERLONG)
+            yield line
 
 
 class BadRows:
@@ -326,5 +346,8 @@ def _explain(error: csv.Error) -> tuple[str, bool]:
     if "end of data" in str(error):
         return "a quote opens in this row and is never closed", False
     if _OVERLONG in str(error):
-        return f"a cell of over {CELL_LIMIT:,} characters begins here; is a quote never closed?", False
+        return (
+            f"a cell of over {CELL_LIMIT:,} characters, or a row of many, begins here; is a quote never closed?",
+            False,
+        )
     return "a closing quote is not followed by the delimiter; write quotes inside a quoted cell twice", True

@@ -1,5 +1,6 @@
 """`Idempotency-Key`: sent twice, at once, after an error or after a death, a request creates once."""
 
+import errno
 import itertools
 import json
 import subprocess
@@ -190,7 +191,7 @@ def test_what_broke_on_our_side_is_tried_again_and_leaves_nothing(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> Any:
-        raise OSError(28, "no space left")
+        raise OSError(errno.EIO, "Input/output error")
 
     service.client._transport.raise_server_exceptions = False  # type: ignore[attr-defined]
     for module, name in ((Storage, "put"), (datasets_module, "keep")):

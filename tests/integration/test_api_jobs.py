@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 
 from service.core.errors import AppError
 from service.core.spec import JobSpec
 from service.db import jobs
 from service.db.jobs import Progress
-from service.db.models import Job
+from service.db.models import Artifact, Job
 from tests.problems import problem_of
 from tests.rows import ARTIFACTS, GRACE, START, add_dataset, add_job, add_published, claim, model, publish_stored
 
@@ -794,3 +794,22 @@ def test_a_job_that_labelled_a_file_cannot_be_compared_and_says_so(start: Start)
     ids = [job["id"] for job in client.get("/jobs").json()["data"]]
     answer = client.get("/compare", params={"jobs": ",".join(ids)})
     assert "labelled a file" in problem_of(answer, 409, "conflict")["detail"]
+
+
+def test_a_csv_is_given_for_spreadsheets_and_other_files_are_not(start: Start) -> None:
+    client = start()
+    ctx = context(client)
+    job_id, _model = add_published(ctx.db, ctx.storage)
+    url = f"/jobs/{job_id}/artifacts"
+    with ctx.db.read() as session:
+        key = session.scalars(select(Artifact.storage_key).where(Artifact.name == "predictions.csv")).one()
+    ctx.storage.delete(key)
+    ctx.storage.put(io.BytesIO(b"row_id,text\n0,=1+1\n"), key)
+    answer = client.get(f"{url}/predictions.csv", params={"safe": "spreadsheet"})
+    assert answer.content == b"row_id,text\r\n0,'=1+1\r\n"
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert client.get(f"{url}/predictions.csv").content.startswith(b"row_id,text\n0,=1+1")
+    problem_of(client.get(f"{url}/metrics.json", params={"safe": "spreadsheet"}), 422, "invalid_input")
+    problem_of(client.get(f"{url}/predictions.csv", params={"safe": "yes"}), 422, "invalid_input")
+    ctx.storage.delete(key)
+    problem_of(client.get(f"{url}/predictions.csv", params={"safe": "spreadsheet"}), 404, "not_found")

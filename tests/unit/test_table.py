@@ -255,3 +255,11 @@ def test_literal_quotes_are_kept_and_their_rows_told(write):
 
 def test_the_head_leaves_out_a_record_that_it_cuts_off():
     assert cut_head(["text,label\n", "a,x\n", '"b\n', "c\n"], Dialect("utf-8", ",")) == [["text", "label"], ["a", "x"]]
+
+
+@pytest.mark.parametrize("quotes_end", [True, False])
+def test_a_row_that_goes_on_for_ever_is_refused_before_it_fills_the_memory(write, quotes_end):
+    """Each cell is small enough, each line too; only the row has no end."""
+    cell = '"' + "\n" * 900_000 + '",' if quotes_end else '"' + "\n," * 900_000
+    found = refused(write("text,label\n" + cell * 20 + "\n"))
+    assert "is a quote never closed?" in found.errors[0]["message"]
