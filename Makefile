@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu acceptance calibrate chaos check bench bench-gpu verify-f2llm soak docs lock vendor
+.PHONY: help setup demo run test test-more test-gpu acceptance audit calibrate chaos check bench bench-gpu verify-f2llm soak docs lock vendor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,11 @@ verify-f2llm: setup ## F2LLM-0.6B and Qwen3-0.6B from their hub, checked on a CU
 
 soak: setup ## Ten minutes at saturation: no error but 429, memory that does not grow; SOAK_SECONDS=60 for less
 	$(BIN)/python benchmarks/_soak.py --seconds $(or $(SOAK_SECONDS),600)
+
+audit: ## Known vulnerabilities of what is pinned, by pip-audit; needs the package index's own vulnerability records
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder"; "$$folder/bin/python" -m pip --disable-pip-version-check -qq install 'pip-audit>=2.9,<3'; \
+	"$$folder/bin/pip-audit" --strict --disable-pip --no-deps --requirement constraints.txt
 
 docs: setup ## The documentation as a site, in site/; a broken link fails it
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs site

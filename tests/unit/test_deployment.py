@@ -126,6 +126,7 @@ def test_make_lists_its_targets() -> None:
         "test-more",
         "test-gpu",
         "acceptance",
+        "audit",
         "calibrate",
         "chaos",
         "check",
