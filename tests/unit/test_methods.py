@@ -14,6 +14,7 @@ from service.core.errors import InvalidData, ModelUnavailable
 from service.ml.adapter import load_adapter
 from service.ml.backbone import load_backbone
 from service.ml.base_models import find_base, locate
+from service.ml.encode import encode
 from service.ml.engine import Engine
 from service.ml.labels import LabelSet
 from tests.adapters import manifest
@@ -22,7 +23,7 @@ from worker.methods import decoding as decoding_module
 from worker.methods import frozen as frozen_module
 from worker.methods import zero_shot
 from worker.methods.embedding_logreg import EmbeddingLogreg
-from worker.methods.frozen import C_GRID, RIDGE, FrozenBase, fit_probe
+from worker.methods.frozen import C_GRID, RIDGE, FrozenBase, _pieces, fit_probe
 from worker.methods.majority import Majority
 from worker.methods.prompts import PromptTemplate, parse_answer
 from worker.methods.protocol import Rows, silent
@@ -103,8 +104,10 @@ def test_the_probe_is_scikit_learns_best_on_the_validation_rows(kind, intercept,
     states, of_validation = base.states(train.texts), base.states(VALIDATION.texts)
     x, x_validation = states[kind], of_validation[kind]
     if kind == "head":  # in the base's own pooling, as far as that is linear in these
-        alpha = RIDGE * float(np.var(x, axis=0).mean() if intercept else (x**2).mean())
-        pooling = Ridge(alpha, fit_intercept=intercept, solver="cholesky").fit(x.astype(np.float64), states["pooled"])
+        more = base.engine.states(_pieces(encode(base.engine.backbone.tokenizer, train.texts, base.max_length).ids))
+        seen, pooled = (np.concatenate([states[of], more[of]]).astype(np.float64) for of in ("head", "pooled"))
+        alpha = RIDGE * float(np.var(seen, axis=0).mean() if intercept else (seen**2).mean())
+        pooling = Ridge(alpha, fit_intercept=intercept, solver="cholesky").fit(seen, pooled)
         x, x_validation = (pooling.predict(of.astype(np.float64)).astype(np.float32) for of in (x, x_validation))
     scale = 1 / float(np.sqrt((x.astype(np.float64) ** 2).sum(1).mean()))
     fits = [
@@ -121,6 +124,19 @@ def test_the_probe_is_scikit_learns_best_on_the_validation_rows(kind, intercept,
     assert intercept or not probe.bias.any()
     if train is TRAIN_WITHOUT:
         assert LABELS.id_of(ABSENT) not in logits.argmax(1)
+
+
+def test_parts_of_rows_are_parts_and_few_rows_have_four_each():
+    ids = [[1, *range(10, 10 + n), 2] for n in (0, 1, 2, 5, 30)] + [[7]]
+    found = _pieces(ids)
+    assert len(found) == 4 * 3
+    for number, piece in enumerate(found):
+        _, *inner, _ = ids[2 + number % 3]
+        assert (piece[0], piece[-1]) == (1, 2)
+        assert 1 <= len(piece) - 2 <= 0.9 * len(inner) + 0.5
+        assert piece[1:-1] == inner[inner.index(piece[1]) :][: len(piece) - 2]
+    assert len(_pieces(ids * 1600)) == 400
+    assert _pieces(ids * 2000) == _pieces([]) == _pieces([[1], [1, 2]]) == []
 
 
 def test_a_decoders_probe_keeps_what_tells_rows_apart_beside_a_large_common_part(tiny_models):
