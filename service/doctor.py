@@ -39,6 +39,7 @@ from service.storage import Storage
 Level = Literal["ok", "note", "warn", "fail"]
 _SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "fuse.glusterfs", "ceph")
 _LITTLE_DISK, _LITTLE_MEMORY = 5 * GiB, 3 * GiB
+_LEAST_SECRET = 16
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
     if settings.listens_beyond_loopback and not keys and not settings.bootstrap_secret:
         todo = "tuneproof keys create --name me --scope admin, or set TUNEPROOF_BOOTSTRAP_KEY."
         yield Finding("fail", "keys", f"no key exists, so it will refuse to listen on {settings.host}", todo)
+    elif 0 < len(settings.bootstrap_secret) < _LEAST_SECRET:
+        yield Finding("warn", "keys", "TUNEPROOF_BOOTSTRAP_KEY can be guessed", "Make one: openssl rand -base64 32")
     else:
         yield Finding("ok", "keys", "there are some" if keys else "none yet: whoever is on this machine may do all")
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import shutil
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -146,11 +147,14 @@ async def _housekeeping(context: Context) -> None:
 def _round(context: Context, forgets: bool = True) -> None:
     now, settings = context.clock(), context.settings
     grace = timedelta(seconds=settings.delete_grace_seconds)
-    job_queue.reap(context.db, now, settings.max_attempts, grace)
+    if context.steady():  # where the clock was set, those at work have had no time to renew by it
+        job_queue.reap(context.db, now, settings.max_attempts, grace)
     if forgets:  # they need the database's write lock each time, and what is over is refused without
         sessions.forget_ended(context.db, now)
         idempotency.forget_old(context.db, now)
         _forget_spooled(settings.data_dir / "tmp", now - _SPOOLED)
+        if settings.retention_days:
+            catalog.remove_old_datasets(context.db, now - timedelta(days=settings.retention_days), now, grace)
     for garbage_id, prefix in garbage.due(context.db, now):
         try:
             context.storage.delete(prefix)
@@ -162,11 +166,11 @@ def _round(context: Context, forgets: bool = True) -> None:
 
 
 def _forget_spooled(folder: Path, before: datetime) -> None:
-    """Deletes the copies of uploads that a killed process was reading."""
-    for file in folder.iterdir():
+    """Deletes what a killed process was reading: copies of uploads, and of models."""
+    for left in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
-            if file.stat().st_mtime < before.timestamp():
-                file.unlink()
+            if left.stat().st_mtime < before.timestamp():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:

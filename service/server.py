@@ -4,6 +4,7 @@ import ctypes
 import logging
 import socket
 import sys
+import tempfile
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +45,8 @@ def run(app: FastAPI, **config: Any) -> None:
         # Dozens of threads answer, and each would fill a heap of its own, which grows by bits for hours. musl has none.
         with suppress(AttributeError):
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    # Uploads come in on the disk whose room is looked at, and housekeeping finds what a killed process leaves there.
+    tempfile.tempdir = str(app.state.context.settings.data_dir.absolute() / "tmp")
     server = Server(app, **config)
     with suppress(KeyboardInterrupt):
         server.run()

@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from service.core.endpoints import Endpoint, endpoint_name
-from service.core.errors import AppError, EndpointUnavailable, OutOfMemory
+from service.core.errors import DISK_FULL, AppError, EndpointUnavailable, OutOfMemory, disk_is_full
 from service.core.spec import JobSpec
 from service.ml.backbone import load_backbone
 from service.ml.dataset import TableFormat, UploadOptions, profile
@@ -394,6 +394,11 @@ def main(arguments: list[str]) -> int:
         return 1
     except AppError as error:
         reporter.error(error.code, error.detail, error.hint)
+        return 1
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        reporter.error(**DISK_FULL)
         return 1
     return 0
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from service.core import logs
-from service.core.clock import Clock, utc_now
+from service.core.clock import Clock, Steadiness, utc_now
 from service.core.endpoints import endpoint_name
-from service.core.errors import LeaseLost
+from service.core.errors import DISK_FULL, LeaseLost, disk_is_full
 from service.core.ids import new_id
 from service.core.settings import Settings
 from service.db import catalog, garbage, jobs
@@ -33,6 +34,7 @@ _LOOK_SECONDS = 0.2
 _STATUS_SECONDS = 0.5
 _LAST_WORD_SECONDS = 10.0  # from a child's result or error to killing it, where it does not end by itself
 _GRACE_SECONDS = 2.5  # from asking a child to stop to killing it: a cancel is to take under five
+_FRAME = re.compile(r'  File "[^"]+", line [0-9]+, in [\w<>.]+')
 log = logging.getLogger("tuneproof.worker")
 
 
@@ -45,6 +47,7 @@ class Supervisor:
         self.db, self.storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
         self.grace = timedelta(seconds=settings.delete_grace_seconds)
         self.stop = threading.Event()
+        self.steady = Steadiness(clock, settings.lease_seconds)
         self._started = clock()
         self._seen = float("-inf")
 
@@ -65,7 +68,8 @@ class Supervisor:
     def work_once(self, folder: Path) -> bool:
         """Takes one job and sees it through. False where none was waiting."""
         self.show_life()
-        jobs.reap(self.db, self.clock(), self.settings.max_attempts, self.grace)
+        if self.steady():  # where the clock was set, those at work have had no time to renew by it
+            jobs.reap(self.db, self.clock(), self.settings.max_attempts, self.grace)
         claimed = jobs.claim(self.db, self.id, self.clock(), self.settings.lease_seconds)
         if claimed is None:
             return False
@@ -94,24 +98,30 @@ class Attempt:
         self.supervisor, self.claimed, self.place = supervisor, claimed, place
         self.db, self.storage, self.settings = supervisor.db, supervisor.storage, supervisor.settings
         self.lease: Lease = claimed.lease
-        self._renewed = self._looked = time.monotonic()
+        self._renewed = self._looked = self._last_heard = time.monotonic()
         self._cancelling = False
         self._stage_told: str | None = None
         self._stop_asked: float | None = None
         self._ends: dict[str, dict[str, Any]] = {}  # what the child had to say at its end: a result, an error, nothing
         self._last_word: float | None = None
+        self._hung = False
         self._stored: dict[str, Stored] = {}
         self._kept: str | None = None
 
     def run(self) -> None:
         """From the staged folder to the published result, or whatever end it takes."""
-        self._stage()
-        child = self.supervisor.launcher(self.place)
         try:
-            self._follow(child)
-        finally:
-            child.kill()
-        self._finish(child)
+            self._stage()
+            child = self.supervisor.launcher(self.place)
+            try:
+                self._follow(child)
+            finally:
+                child.kill()
+            self._finish(child)
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            self._fail(DISK_FULL)
 
     def _stage(self) -> None:
         """Fetches the dataset, the model that is to label it, and the last checkpoint into the child's folder."""
@@ -172,8 +182,12 @@ class Attempt:
             self._stop_where_due(child)
             if self._last_word is not None and time.monotonic() - self._last_word > _LAST_WORD_SECONDS:
                 child.kill()
+            if time.monotonic() - self._last_heard > self.settings.silence_seconds:
+                self._hung = True
+                child.kill()
 
     def _heard(self, message: dict[str, Any]) -> None:
+        self._last_heard = time.monotonic()
         kind = message.pop("type")
         if kind == "progress":
             progress = Progress(**message)
@@ -258,6 +272,8 @@ class Attempt:
             jobs.give_back(self.db, self.lease, self._now(), self.supervisor.grace)
         elif status is not None and (status < 0 or status == os.EX_TEMPFAIL):
             reason = f"its process was ended by signal {-status}" if status < 0 else "its process was told to stop"
+            if self._hung:
+                reason = f"its process had said nothing for {self.settings.silence_seconds:g} s and was ended"
             jobs.lose(self.db, self.lease, reason, self.settings.max_attempts, self._now(), self.supervisor.grace)
         else:
             log.error("the child failed:\n%s", _last_frames(self.place / "log.txt"))
@@ -327,14 +343,16 @@ class Attempt:
 def _own_folder(root: Path, name: str) -> Any:
     """A folder for this worker's scratch; those of workers that have died are removed."""
     root.mkdir(parents=True, exist_ok=True)
-    for other in root.iterdir():
-        with contextlib.suppress(OSError), (other / "lock").open("r") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other, ignore_errors=True)
-    own = root / name
-    own.mkdir()
-    with (own / "lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        with (root / "lock").open("w") as turn:  # or a folder could be taken for a dead worker's before it is locked
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            for other in root.iterdir():
+                with contextlib.suppress(OSError), (other / "lock").open("r") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(other, ignore_errors=True)
+            own = root / name
+            own.mkdir()
+            fcntl.flock(held.enter_context((own / "lock").open("w")), fcntl.LOCK_EX)
         yield own
     shutil.rmtree(own, ignore_errors=True)
 
@@ -342,5 +360,5 @@ def _own_folder(root: Path, name: str) -> Any:
 def _last_frames(log_file: Path, lines: int = 12) -> str:
     """Where a child broke: the files and lines of its traceback, without the message, which may quote a text."""
     text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    frames = [line for line in text.splitlines() if line.startswith("  File ")]
+    frames = [line for line in text.splitlines() if _FRAME.fullmatch(line)]
     return "\n".join(frames[-lines:]) or "(it left no traceback)"

@@ -13,10 +13,20 @@ from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 
+from service.api.overload import Pace, Places
 from service.api.problems import from_pydantic
 from service.api.recent import Recent
-from service.core.clock import Clock
-from service.core.errors import Conflict, Forbidden, InvalidInput, LowDisk, TooLarge, Unauthorized
+from service.core.clock import Clock, Steadiness
+from service.core.errors import (
+    Conflict,
+    Forbidden,
+    InvalidInput,
+    LowDisk,
+    QueueFull,
+    TooLarge,
+    TooManyStreams,
+    Unauthorized,
+)
 from service.core.settings import Settings
 from service.db import catalog, sessions
 from service.db.engine import Database
@@ -35,12 +45,34 @@ class Context:
     engine: EngineHandle
     clock: Clock
     recent: Recent = field(init=False)
+    steady: Steadiness = field(init=False)
     stopping: asyncio.Event = field(default_factory=asyncio.Event, init=False)
-    open_streams: int = field(default=0, init=False)
+    streams: Places = field(init=False)
+    uploads: Places = field(init=False)
+    predict_bytes: Places = field(init=False)
+    pace: Pace = field(init=False)
     _keys_exist: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.recent = Recent(self.db)
+        self.recent, settings = Recent(self.db), self.settings
+        self.steady = Steadiness(self.clock, settings.lease_seconds)
+        self.pace = Pace(settings.rate_limit)
+        self.streams = Places(
+            settings.max_event_streams,
+            TooManyStreams,
+            "All event streams and long polls of this process (TUNEPROOF_MAX_EVENT_STREAMS) are taken. Ask again in a "
+            "moment, or poll GET /jobs/{id}.",
+        )
+        self.uploads = Places(
+            settings.max_uploads,
+            QueueFull,
+            "This process is reading as many uploads as it may (TUNEPROOF_MAX_UPLOADS). Send yours again in a moment.",
+        )
+        self.predict_bytes = Places(
+            settings.predict_body_bytes, QueueFull,
+            "The texts of other calls take what memory they may (TUNEPROOF_PREDICT_BODY_BYTES). Send yours again in a "
+            "moment.",
+        )  # fmt: skip
 
     @property
     def grace(self) -> timedelta:
@@ -57,12 +89,14 @@ class Context:
             await asyncio.wait_for(self.stopping.wait(), seconds)
         return self.stopping.is_set()
 
-    def refuse_on_low_disk(self) -> None:
+    def refuse_on_low_disk(self, coming: int = 0) -> None:
+        """`coming` are the bytes of an upload that is about to be read. Raises LowDisk."""
         free, least = shutil.disk_usage(self.settings.data_dir).free, self.settings.min_free_bytes
-        if free < least:
+        if free < least + _COPIES * coming:
+            wanted = f", and this upload takes {_COPIES * coming / 2**20:,.1f} for a moment" if coming else ""
             raise LowDisk(
-                f"Only {free // 2**20} MiB are free on the service's disk, and {least // 2**20} are kept back "
-                "(TUNEPROOF_MIN_FREE_BYTES). Delete datasets or jobs, or give it more space."
+                f"Only {free // 2**20} MiB are free on the service's disk, {least // 2**20} are kept back "
+                f"(TUNEPROOF_MIN_FREE_BYTES){wanted}. Delete datasets or jobs, or give it more space."
             )
 
 
@@ -95,6 +129,7 @@ PUBLIC = {
 }  # fmt: skip
 SPECIAL = {"predict": "predict", "list_keys": "admin", "create_key": "admin", "revoke_key": "admin"}
 SESSION_COOKIE = "tuneproof_session"
+_COPIES = 3  # of an upload, for a moment: as it comes in, as it is read, in the storage
 _ANY_KEY = "whether a key was ever created"
 
 
@@ -112,6 +147,7 @@ async def authorize(request: Request, ctx: Ctx) -> None:
     Raises:
         Unauthorized: no key, or one that is unknown, revoked or expired.
         Forbidden: its scope is too small, or another site's page sent it with the cookie.
+        RateLimited: it calls faster than a key may.
     """
     needed = scope_of(request)
     if needed is None:
@@ -123,6 +159,7 @@ async def authorize(request: Request, ctx: Ctx) -> None:
     else:
         caller = await run_in_threadpool(caller_of, request, ctx)
     request.state.caller = caller
+    ctx.pace.count("" if caller.key is None else caller.key.id)
     if catalog.SCOPES.index(caller.scope) < catalog.SCOPES.index(needed):
         raise Forbidden(f"This call needs a key of scope '{needed}'; this one has '{caller.scope}'.")
 
@@ -241,32 +278,35 @@ def takes(**schemas: str) -> dict[str, Any]:
     return {"requestBody": {"content": content, "required": True}}
 
 
-def json_body(model: type[Body], max_bytes: int | None = None) -> Callable[..., Awaitable[Body]]:
-    """A dependency that reads the body as `model`.
+def json_body(
+    model: type[Body], max_bytes: int, take: Callable[[int], None] = lambda _n: None
+) -> Callable[..., Awaitable[Body]]:
+    """A dependency that reads the body as `model`; `take` is told of its bytes as they come.
 
     Pydantic parses the bytes itself: NaN, Infinity, lone surrogates, huge numbers and deep nesting are refused there.
     """
 
     async def read(request: Request) -> Body:
-        return parse_json(model, await _bytes(request, max_bytes))
+        return parse_json(model, await _bytes(request, max_bytes, take))
 
     return read
 
 
-def parse_json(model: type[Body], raw: bytes | str) -> Body:
+def parse_json(model: type[Body], raw: bytearray | str) -> Body:
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
         raise from_pydantic(error, model) from None
 
 
-async def _bytes(request: Request, max_bytes: int | None) -> bytes:
+async def _bytes(request: Request, max_bytes: int, take: Callable[[int], None]) -> bytearray:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise InvalidInput(f"Expected a body of type application/json, found {kind[:100]!r}.")
     raw = bytearray()
     async for chunk in request.stream():
-        raw += chunk
-        if max_bytes is not None and len(raw) > max_bytes:
+        if len(raw) + len(chunk) > max_bytes:
             raise TooLarge(f"The JSON body is larger than the {max_bytes} bytes taken here.")
-    return bytes(raw)
+        take(len(chunk))
+        raw += chunk
+    return raw

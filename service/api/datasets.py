@@ -1,10 +1,11 @@
 """Datasets: upload, look, delete."""
 
+import contextlib
 import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import IO, Annotated, Any, TypeVar
@@ -12,7 +13,7 @@ from typing import IO, Annotated, Any, TypeVar
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
 from service.api.context import Context, Ctx, Limit, after, takes
 from service.api.idempotency import IdempotencyKey, answer_once, form_content, respond
@@ -35,16 +36,16 @@ Made = TypeVar("Made")
 @router.post("/datasets", status_code=201, response_model=DatasetOut, openapi_extra=takes(form="DatasetUpload"))
 async def create_dataset(request: Request, ctx: Ctx, key: IdempotencyKey = None) -> Response:
     """Upload a CSV or TSV; the answer says how it was read and what was found in it."""
-    upload, fields = await read_form(request, UPLOAD_FIELDS)
-    form = upload_form(fields)
+    async with read_form(request, ctx, UPLOAD_FIELDS) as (upload, fields):
+        form = upload_form(fields)
 
-    def make(claim: Claim) -> Answer:
-        def answered(session: Session, dataset: Dataset) -> Answer:
-            return keep(session, claim, 201, dataset_out(dataset).model_dump(mode="json"), None)
+        def make(claim: Claim) -> Answer:
+            def answered(session: Session, dataset: Dataset) -> Answer:
+                return keep(session, claim, 201, dataset_out(dataset).model_dump(mode="json"), None)
 
-        return store(ctx, upload, form, answered)
+            return store(ctx, upload, form, answered)
 
-    return respond(await answer_once(request, ctx, key, lambda: form_content(fields, upload.file), make))
+        return respond(await answer_once(request, ctx, key, lambda: form_content(fields, upload.file), make))
 
 
 @router.get("/datasets", response_model=Page[DatasetOut])
@@ -87,16 +88,27 @@ def delete_dataset(ctx: Ctx, dataset_id: str) -> Response:
     return Response(status_code=204)
 
 
-async def read_form(request: Request, allowed: tuple[str, ...]) -> tuple[UploadFile, dict[str, str]]:
+@contextlib.asynccontextmanager
+async def read_form(
+    request: Request, ctx: Context, allowed: tuple[str, ...]
+) -> AsyncIterator[tuple[UploadFile, dict[str, str]]]:
     """The file and the other fields of a multipart body; an empty field counts as left out.
 
     Raises:
         InvalidInput: it is no such body, has no file, or has a field nobody knows.
+        QueueFull, LowDisk: there is no room for it now.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidInput("Expected a multipart/form-data body with the CSV as `file` (curl: -F file=@your.csv).")
-    request.app.state.context.refuse_on_low_disk()
-    form = await request.form(max_files=1, max_fields=50, max_part_size=_CHUNK)
+    declared = request.headers.get("content-length", "")[:20]
+    coming = int(declared) if declared.isdigit() else 0
+    ctx.refuse_on_low_disk(coming if coming <= ctx.settings.max_upload_bytes else 0)  # what is too large is told so
+    with ctx.uploads.hold():
+        async with request.form(max_files=1, max_fields=50, max_part_size=_CHUNK) as form:
+            yield _checked(form, allowed)
+
+
+def _checked(form: FormData, allowed: tuple[str, ...]) -> tuple[UploadFile, dict[str, str]]:
     upload = form.get("file")
     if not isinstance(upload, UploadFile):
         raise InvalidInput(

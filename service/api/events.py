@@ -1,6 +1,7 @@
 """What happens to a job: a list to page through, or a stream that goes on until the job has ended."""
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, NamedTuple
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.context import Context, Ctx, Limit, caller_of
 from service.api.schemas import EventOut, Page
-from service.core.errors import NotFound, TooManyStreams, Unauthorized
+from service.core.errors import NotFound, Unauthorized
 from service.db import jobs
 from service.db.engine import existing
 from service.db.models import Event, Job
@@ -58,11 +59,6 @@ async def list_events(
     state, events = await run_in_threadpool(_look, ctx, job_id, last)
     if state.status in jobs.TERMINAL and not events:
         return Response(status_code=204)  # an EventSource stops asking
-    if ctx.open_streams >= ctx.settings.max_event_streams:
-        raise TooManyStreams(
-            f"All {ctx.settings.max_event_streams} event streams of this process (TUNEPROOF_MAX_EVENT_STREAMS) are "
-            "taken. Ask again in a moment, or poll GET /jobs/{id}/wait."
-        )
     return _Stream(ctx, _told(request, ctx, job_id, last))
 
 
@@ -72,14 +68,12 @@ class _Stream(EventSourceResponse):
     def __init__(self, ctx: Context, content: AsyncIterator[bytes]) -> None:
         # Proxies must pass on each event when it comes.
         super().__init__(content, headers={"Cache-Control": "no-store", "Vary": "Accept", "X-Accel-Buffering": "no"})
-        self.ctx = ctx
-        ctx.open_streams += 1
+        self._place = contextlib.ExitStack()
+        self._place.enter_context(ctx.streams.hold())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        with self._place:
             await super().__call__(scope, receive, send)
-        finally:
-            self.ctx.open_streams -= 1
 
 
 async def _told(request: Request, ctx: Context, job_id: str, last: int) -> AsyncIterator[bytes]:

@@ -45,12 +45,12 @@ _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsa
 async def create_job(request: Request, ctx: Ctx, key: IdempotencyKey = None) -> Response:
     """Start a job: JSON that names a dataset, or one multipart call with the CSV itself."""
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        upload, fields = await read_form(request, ("spec", *UPLOAD_FIELDS))
-        sent = dict(fields)
-        spec = parse_json(JobSpec, fields.pop("spec", "{}"))
-        form = upload_form(fields)
-        make = partial(_start_on_upload, ctx, upload, form, spec)
-        return respond(await answer_once(request, ctx, key, lambda: form_content(sent, upload.file), make))
+        async with read_form(request, ctx, ("spec", *UPLOAD_FIELDS)) as (upload, fields):
+            sent = dict(fields)
+            spec = parse_json(JobSpec, fields.pop("spec", "{}"))
+            form = upload_form(fields)
+            make = partial(_start_on_upload, ctx, upload, form, spec)
+            return respond(await answer_once(request, ctx, key, lambda: form_content(sent, upload.file), make))
     spec = await json_body(JobSpec, _MAX_SPEC_BYTES)(request)
     return respond(await answer_once(request, ctx, key, lambda: json_content(spec), partial(_start, ctx, spec)))
 
@@ -88,11 +88,12 @@ async def wait_for_job(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     first = job = await run_in_threadpool(get_job, ctx, job_id)
-    while not job.terminal and (job.status, job.stage) == (first.status, first.stage):
-        left = deadline - loop.time()
-        if left <= 0 or await request.is_disconnected() or await ctx.pause(min(_SECONDS_BETWEEN_LOOKS, left)):
-            break
-        job = await run_in_threadpool(get_job, ctx, job_id)
+    with ctx.streams.hold():
+        while not job.terminal and (job.status, job.stage) == (first.status, first.stage):
+            left = deadline - loop.time()
+            if left <= 0 or await request.is_disconnected() or await ctx.pause(min(_SECONDS_BETWEEN_LOOKS, left)):
+                break
+            job = await run_in_threadpool(get_job, ctx, job_id)
     return job
 
 
@@ -107,6 +108,7 @@ def retry_job(ctx: Ctx, job_id: str) -> JobOut:
     """A failed or cancelled job goes on from its last checkpoint."""
     ctx.refuse_on_low_disk()
     with ctx.db.write() as session:
+        jobs.refuse_on_full_queue(session, ctx.settings.max_queued_jobs)
         return _job_out(session, jobs.retry(session, job_id, ctx.clock()))
 
 
@@ -267,6 +269,7 @@ def _submit(ctx: Context, session: Session, dataset: Dataset, spec: JobSpec, cla
     refuse_unlabelled(spec, labelled=bool(dataset.profile["labels"]))
     _refuse_unknown_labels(spec, {label["label"] for label in dataset.profile["labels"]})
     kept = spec.kept() | {"name": spec.name or dataset.name}
+    jobs.refuse_on_full_queue(session, ctx.settings.max_queued_jobs)
     model_id = None
     if spec.model is not None:  # the one an alias points to now, and which stays until the job has ended
         kept["model"] = model_id = catalog.find_model(session, spec.model, lock=True).id

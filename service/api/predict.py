@@ -24,10 +24,11 @@ router = APIRouter(tags=["predict"])
 @router.post("/predict", response_model=PredictOut, openapi_extra=takes(json="PredictIn"))
 async def predict(request: Request, ctx: Ctx) -> Response:
     """Labels for texts, in their order, all from one published version of one model."""
-    settings = ctx.settings
-    # A character is at most 12 bytes of JSON: a pair of \uXXXX.
-    longest = settings.predict_max_texts * settings.predict_max_chars * 12 + 65_536
-    body = await json_body(PredictIn, min(longest, settings.max_upload_bytes))(request)
+    with ctx.predict_bytes.hold(0) as take:
+        return await _answered(request, ctx, await json_body(PredictIn, ctx.predict_bytes.most, take)(request))
+
+
+async def _answered(request: Request, ctx: Context, body: PredictIn) -> Response:
     texts = _checked(ctx, body)
     served, labels, calibration = await _found(ctx, body.model)
     threshold = None if body.target_precision is None else _threshold(body.target_precision, calibration)

@@ -1,7 +1,6 @@
 """Every error as RFC 9457 problem+json, and which status each kind of error has."""
 
 import difflib
-import errno
 import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -28,7 +27,9 @@ STATUS: dict[type[AppError], int] = {
     errors.Conflict: 409,
     errors.LeaseLost: 409,
     errors.QueueFull: 429,
+    errors.RateLimited: 429,
     errors.TooManyStreams: 503,
+    errors.Busy: 503,
     errors.StillAnswering: 503,
     errors.EngineUnavailable: 503,
     errors.BaseLoading: 503,
@@ -79,14 +80,13 @@ def problem(
 
 
 def crashed(request: Request, error: Exception) -> Response:
-    """What broke on our side: 507 where a disk is full, else 500."""
-    cause: BaseException | None = error
-    while cause is not None:
-        database_says = getattr(getattr(cause, "orig", None), "sqlite_errorname", "")
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or database_says == "SQLITE_FULL":
-            detail = "The service's disk is full; nothing of this call was kept. Delete something, or give it more."
-            return problem(request, 507, errors.LowDisk.code, detail)
-        cause = cause.__cause__ or cause.__context__
+    """What broke on our side: 507 where a disk is full, 503 where the database is locked for long, else 500."""
+    if errors.disk_is_full(error):
+        detail = "The service's disk is full; nothing of this call was kept. Delete something, or give it more."
+        return problem(request, 507, errors.LowDisk.code, detail)
+    if getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+        detail = "The database was being written to all the time that this call waited for it. Ask again in a moment."
+        return problem(request, 503, errors.Busy.code, detail)
     return problem(request, 500, "internal", "Something broke on our side; the log names it by this request's id.")
 
 

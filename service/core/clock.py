@@ -1,5 +1,6 @@
 """The time, as something that can be handed in."""
 
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -9,3 +10,27 @@ Clock = Callable[[], datetime]
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+class Steadiness:
+    """Whether a clock has run as evenly as the machine's own: nobody set it, and the machine did not sleep.
+
+    Args:
+        clock: That is watched; it is looked at whenever this is called.
+        seconds: How long after a jump it counts as unsteady. Jumps of a third of this are none.
+        monotonic: In seconds; what nobody can set.
+    """
+
+    def __init__(self, clock: Clock, seconds: float, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._seconds, self._monotonic = clock, seconds, monotonic
+        self._ahead = self._difference()
+        self._jumped = float("-inf")
+
+    def __call__(self) -> bool:
+        before, self._ahead = self._ahead, self._difference()
+        if abs(self._ahead - before) > self._seconds / 3:
+            self._jumped = self._monotonic()
+        return self._monotonic() - self._jumped > self._seconds
+
+    def _difference(self) -> float:
+        return self._clock().timestamp() - self._monotonic()

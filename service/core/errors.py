@@ -4,8 +4,20 @@ A message says what was expected, what was found and what to do. It may be shown
 request, so it never quotes another user's text or a path of the machine.
 """
 
+import errno
 from collections.abc import Sequence
 from typing import Any, ClassVar
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether it was, or came of, a full disk or quota; SQLite and safetensors have errors of their own for that."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        if getattr(getattr(error, "orig", None), "sqlite_errorname", "") == "SQLITE_FULL":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class AppError(Exception):
@@ -165,13 +177,19 @@ class PromotionRefused(Conflict):
 
 # The service cannot do it now ---------------------------------------------------------------------
 class QueueFull(AppError):
-    """More is waiting to be predicted than the service takes on."""
+    """More is waiting than the service takes on: texts, uploads or jobs."""
 
     code = "queue_full"
 
 
+class RateLimited(AppError):
+    """A key calls faster than it may."""
+
+    code = "rate_limited"
+
+
 class TooManyStreams(AppError):
-    """The process holds as many event streams as it may."""
+    """The process holds as many event streams and long polls as it may."""
 
     code = "too_many_streams"
 
@@ -222,6 +240,19 @@ class LowDisk(AppError):
     """Too little disk space is free to take on more."""
 
     code = "low_disk"
+
+
+DISK_FULL = {
+    "code": LowDisk.code, "message": "The worker's disk is full.",
+    "hint": "Give it more space; POST /jobs/{id}/retry goes on from the last checkpoint.",
+}  # fmt: skip
+"""How a job ends by it."""
+
+
+class Busy(AppError):
+    """The database was being written to for longer than a call waits."""
+
+    code = "database_busy"
 
 
 # A job cannot go on -------------------------------------------------------------------------------

@@ -62,11 +62,38 @@ class Settings(BaseSettings):
         512 * MiB
     )
 
+    max_uploads: Annotated[
+        int, Field(ge=1, description="Uploads one API process takes in at once; the next is answered 429.")
+    ] = 32
+    max_queued_jobs: Annotated[
+        int, Field(ge=1, description="Jobs that may wait for a worker; a further one is answered 429.")
+    ] = 1000
+    rate_limit: Annotated[
+        float,
+        Field(
+            ge=0,
+            allow_inf_nan=False,
+            description="Calls a second, over ten, that a key may make of one API process before 429; 0 is no limit.",
+        ),
+    ] = 0.0
+    retention_days: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=36_500,
+            allow_inf_nan=False,
+            description="Datasets older than this are deleted with every text of their jobs; 0 keeps them.",
+        ),
+    ] = 0.0
+
     lease_seconds: Annotated[float, Field(ge=2, description="How long a silent worker keeps its job.")] = 60.0
     checkpoint_seconds: Annotated[
         float, Field(gt=0, description="How much training at most is done again where a worker was lost.")
     ] = 60.0
     max_attempts: Annotated[int, Field(ge=1, description="Lost attempts after which a job is `worker_lost`.")] = 3
+    silence_seconds: Annotated[
+        float, Field(gt=0, description="A job's process that says nothing for so long has hung; its attempt is lost.")
+    ] = 3600.0
     poll_seconds: Annotated[float, Field(gt=0, le=60, description="How often an idle worker asks for work.")] = 1.0
     delete_grace_seconds: Annotated[
         float, Field(ge=0, description="How long the bytes of something deleted stay for readers still at them.")
@@ -88,6 +115,10 @@ class Settings(BaseSettings):
     ] = 0
     predict_max_texts: Annotated[int, Field(ge=1, description="Most texts in one call of `/predict`.")] = 1024
     predict_max_chars: Annotated[int, Field(ge=1, description="Longest text in `/predict`, in characters.")] = 100_000
+    predict_body_bytes: Annotated[
+        int,
+        Field(ge=1, description="Largest body of `/predict`, and most bytes of all that one process is answering."),
+    ] = 128 * MiB
     predict_queue_tokens: Annotated[
         int, Field(ge=1, description="Tokens that may wait for the engine before `/predict` answers 429.")
     ] = 1 << 18
@@ -98,7 +129,8 @@ class Settings(BaseSettings):
     ] = ""
 
     max_event_streams: Annotated[
-        int, Field(ge=1, description="Event streams one API process holds open; the next is answered 503.")
+        int,
+        Field(ge=1, description="Event streams and long polls one API process holds; the next is answered 503."),
     ] = 100
 
     @model_validator(mode="after")

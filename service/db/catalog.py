@@ -1,5 +1,6 @@
 """Datasets, models, aliases and keys: what is kept, found, listed and deleted."""
 
+import contextlib
 import hashlib
 import secrets
 from collections.abc import Iterable, Sequence
@@ -45,6 +46,18 @@ def remove_dataset(session: Session, dataset_id: str, now: datetime, grace: time
     jobs.drop_texts(session, dataset_id, now, grace)
     garbage.discard(session, dataset.storage_key, now + grace)
     session.delete(dataset)
+
+
+def remove_old_datasets(db: Database, before: datetime, now: datetime, grace: timedelta) -> int:
+    """`remove_dataset` for those uploaded before then on which no job is at work. Returns how many."""
+    with db.read() as session:
+        old = list(session.scalars(select(Dataset.id).where(Dataset.created_at < before)))
+    removed = 0
+    for dataset_id in old:  # one transaction each: others are to write in between
+        with contextlib.suppress(Conflict, NotFound), db.write() as session:
+            remove_dataset(session, dataset_id, now, grace)
+            removed += 1
+    return removed
 
 
 def find_model(session: Session, id_or_alias: str, *, lock: bool = False) -> Model:

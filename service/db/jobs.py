@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 
-from service.core.errors import Conflict, LeaseLost
+from service.core.errors import Conflict, LeaseLost, QueueFull
 from service.core.ids import new_id, new_token
 from service.db import garbage, outbox, tallies
 from service.db.engine import Database, existing
@@ -92,6 +92,16 @@ def submit(
     session.flush()
     add_event(session, job.id, "status", "queued", now)
     return job
+
+
+def refuse_on_full_queue(session: Session, most: int) -> None:
+    """Raises QueueFull where `most` jobs wait for a worker already."""
+    if session.scalars(select(func.count()).where(Job.status == "queued")).one() >= most:
+        raise QueueFull(
+            f"{most} jobs are waiting for a worker already (TUNEPROOF_MAX_QUEUED_JOBS). Ask again in a minute, or "
+            "start more workers.",
+            retry_after_seconds=60,
+        )
 
 
 def claim(db: Database, worker_id: str, now: datetime, lease_seconds: float) -> Claimed | None:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -335,6 +336,9 @@ def main(arguments: list[str]) -> NoReturn:
     """Runs until the API is gone."""
     from transformers.utils import logging as transformers_logging
 
+    # Who stops a whole group of processes stops the API, which has calls to answer yet and then closes standard input.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     given = json.loads(arguments[0])

@@ -207,8 +207,8 @@ def test_a_stream_that_nobody_reads_any_more_is_given_up(app: FastAPI, db: Datab
     with listening(app) as url:
         with stream(url, job_id) as (_, events):
             next(events)
-            assert context.open_streams == 1
-        until(lambda: context.open_streams == 0, SOON, "the stream is given up")
+            assert context.streams.taken == 1
+        until(lambda: context.streams.taken == 0, SOON, "the stream is given up")
 
 
 def test_a_deleted_job_ends_it(app: FastAPI, db: Database) -> None:
@@ -250,7 +250,7 @@ def test_past_the_limit_a_stream_is_503_and_a_place_given_back_is_taken_again(tm
             refused = httpx.get(f"{url}/jobs/{job_id}/events", headers=STREAM)
             assert "TUNEPROOF_MAX_EVENT_STREAMS" in problem_of(refused, 503, "too_many_streams")["detail"]
             assert httpx.get(f"{url}/jobs/{job_id}/events").status_code == 200
-        until(lambda: app.state.context.open_streams == 0, SOON, "both places are given back")
+        until(lambda: app.state.context.streams.taken == 0, SOON, "both places are given back")
         with stream(url, job_id) as (_, three):
             assert told(next(three)) == ("status", "queued")
 

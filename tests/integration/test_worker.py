@@ -17,6 +17,8 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import delete, select
 
+from service.core.clock import Steadiness
+from service.core.errors import DISK_FULL
 from service.core.settings import Settings
 from service.core.spec import JobSpec
 from service.db import catalog, garbage, jobs
@@ -354,10 +356,11 @@ def test_a_publish_that_breaks_at_any_file_leaves_bytes_that_are_collected(
         return real(source, key)
 
     monkeypatch.setattr(bench.storage, "put", put)
-    with pytest.raises(OSError, match="No space left"):
-        bench.attempt(leaves(), RESULT)
+    failed = bench.attempt(leaves(), RESULT)
+    assert failed.error == DISK_FULL
     assert bench.rows(Artifact) == bench.rows(Model) == []
-    bench.clock.now += timedelta(seconds=31)
+    with bench.db.write() as session:
+        jobs.retry(session, bench.job_id, bench.clock())
     assert bench.attempt(leaves(), RESULT).status == "succeeded"
     named = {artifact.storage_key for artifact in bench.rows(Artifact)}
     [made] = bench.rows(Model)
@@ -558,8 +561,43 @@ def test_a_worker_is_seen_and_takes_over_from_a_lost_one(bench: Bench) -> None:
     with bench.db.read() as session:
         assert catalog.workers_seen(session, START) == [bench.supervisor.id]
     bench.clock.advance(31)
+    bench.supervisor.steady = Steadiness(bench.clock, 30)  # the clock has gone on by itself, nobody set it
     job = bench.attempt(leaves(), RESULT)
     assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 1)
+
+
+@pytest.mark.parametrize("seconds", [3600, -3600])
+def test_a_clock_that_is_set_by_an_hour_costs_no_attempt(bench: Bench, seconds: int) -> None:
+    """Another worker is at work and renews by the new time within its lease; a lost one is noticed after that."""
+    ticks = [0.0]
+    bench.supervisor.steady = Steadiness(bench.clock, 30, lambda: ticks[0])
+    at_work = jobs.claim(bench.db, "wrk_other", START, 30)
+    assert at_work is not None
+    bench.clock.advance(seconds)
+    assert not bench.supervisor.work_once(bench.folder / "work")
+    assert (bench.job.status, bench.job.failures) == ("running", 0)
+    jobs.renew(bench.db, at_work.lease, bench.clock(), 30)
+    ticks[0] += 31
+    bench.clock.advance(31)
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 1)
+
+
+def test_a_child_that_says_nothing_for_too_long_is_ended_and_its_attempt_is_lost(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, silence_seconds=0.05)
+
+    def hang(child: FakeChild) -> None:
+        if child.killed:
+            child.status = -9
+        else:
+            child.steps.insert(0, hang)
+
+    job = bench.attempt(progress("train", 0.5), hang, status=None)
+    assert (job.status, job.failures) == ("queued", 1)
+    assert bench.messages()[-1] == (
+        "attempt 1 ended: its process had said nothing for 0.05 s and was ended; queued again"
+    )
+    bench.db.close()
 
 
 def test_a_worker_that_stumbles_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -585,10 +623,10 @@ def test_scratch_of_dead_workers_is_removed_and_that_of_living_ones_kept(tmp_pat
     (root / "wrk_dead" / "texts.csv").write_text("private")
     with supervisor_module._own_folder(root, "wrk_living"):
         with supervisor_module._own_folder(root, "wrk_new") as own:
-            assert sorted(path.name for path in root.iterdir()) == ["wrk_living", "wrk_new"]
+            assert sorted(path.name for path in root.iterdir()) == ["lock", "wrk_living", "wrk_new"]
             (own / "texts.csv").write_text("private")
-        assert [path.name for path in root.iterdir()] == ["wrk_living"]
-    assert list(root.iterdir()) == []
+        assert sorted(path.name for path in root.iterdir()) == ["lock", "wrk_living"]
+    assert [path.name for path in root.iterdir()] == ["lock"]
 
 
 # Real processes -----------------------------------------------------------------------------------
