@@ -7,7 +7,7 @@ from math import ceil
 
 from service.core.errors import AppError, RateLimited
 
-_BURST_SECONDS = 10.0
+_BURST_SECONDS, _ROUNDING = 10.0, 1e-6
 
 
 class Places:
@@ -58,7 +58,7 @@ class Pace:
         now = self._monotonic()
         paid_until = max(self._paid_until.get(caller, now), now) + 1 / self._a_second
         early = paid_until - now - max(_BURST_SECONDS, 1 / self._a_second)
-        if early > 0:
+        if early > _ROUNDING:
             raise RateLimited(
                 f"This key may make {self._a_second:g} calls a second (TUNEPROOF_RATE_LIMIT), on average over "
                 f"{_BURST_SECONDS:g} s. Ask less often.",

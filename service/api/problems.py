@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from starlette.exceptions import HTTPException
 
 from service.core import errors
@@ -84,7 +85,8 @@ def crashed(request: Request, error: Exception) -> Response:
     if errors.disk_is_full(error):
         detail = "The service's disk is full; nothing of this call was kept. Delete something, or give it more."
         return problem(request, 507, errors.LowDisk.code, detail)
-    if getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+    locked = getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_BUSY")
+    if locked or isinstance(error, NoConnection):
         detail = "The database was being written to all the time that this call waited for it. Ask again in a moment."
         return problem(request, 503, errors.Busy.code, detail)
     return problem(request, 500, "internal", "Something broke on our side; the log names it by this request's id.")
