@@ -441,6 +441,20 @@ def test_an_engine_that_is_killed_fails_open_calls_with_503_and_comes_back(servi
     assert_right(serving, "seven", serving.ask(serving.ids["seven"]))
 
 
+def test_who_stops_a_whole_group_of_processes_does_not_take_the_engine_from_open_calls(serving: Serving) -> None:
+    """As systemd does: the API is told too, answers what is open, and then ends the engine itself."""
+    assert serving.answered(serving.ids["seven"]).status_code == 200
+    pid = until(lambda: serving.engine_pid, 10, "the engine runs")
+    os.kill(pid, signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        call = pool.submit(serving.ask, serving.ids["seven"])
+        until(lambda: serving.app.state.context.engine._open, 20, "a call is open")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            os.kill(pid, number)
+        assert_right(serving, "seven", call.result(20))
+    assert serving.engine_pid == pid
+
+
 def test_after_a_restart_the_models_to_preload_are_loaded_before_anybody_asks(serving: Serving) -> None:
     engine = serving.app.state.context.engine
     assert "cannot preload 'early'" in serving.client.get("/readyz").json()["checks"]["engine"]
