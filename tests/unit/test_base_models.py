@@ -110,13 +110,17 @@ def test_the_embedded_model_is_at_hand_and_the_pinned_one():
     assert (located.folder / "model.safetensors").is_file()
 
 
-def test_an_embedded_model_that_was_tampered_with_is_refused(monkeypatch, tmp_path):
-    source = locate(find_base(EMBEDDED, None)).folder / "model.safetensors"
-    data = bytearray(source.read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "model.safetensors").write_bytes(bytes(data))
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_an_embedded_model_that_was_tampered_with_is_refused(monkeypatch, tmp_path, name):
+    for file in locate(find_base(EMBEDDED, None)).folder.glob("*.*"):
+        (tmp_path / file.name).symlink_to(file)
     monkeypatch.setattr(base_models, "_embedded_folder", lambda: tmp_path)
-    with pytest.raises(ModelUnavailable) as refused:
+    assert locate(find_base(EMBEDDED, None)).folder == tmp_path
+    data = bytearray((tmp_path / name).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(bytes(data))
+    with pytest.raises(ModelUnavailable, match="not the pinned ones") as refused:
         locate(find_base(EMBEDDED, None))
     assert refused.value.hint
 
