@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sqlalchemy import select
 from transformers import AutoTokenizer
 
+from service.core.errors import DISK_FULL
 from service.core.settings import Settings
 from service.db.models import Garbage
 from service.main import create_app
@@ -41,6 +42,17 @@ class SmallBlocks(LocalChild):
         "-c",
         "import sys, worker.bulk; worker.bulk.BLOCK_ROWS = {'cpu': 8}; worker.bulk.PART_SECONDS = 0.0; "
         "from worker.run import main; sys.exit(main(sys.argv[1:]))",
+    )
+
+
+class OnAFullDisk(LocalChild):
+    """One whose scratch cannot be written to any more."""
+
+    program = (
+        "-c",
+        "import errno, sys, worker.bulk; from worker.run import main\n"
+        "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "worker.bulk.Bulk.run = full; sys.exit(main(sys.argv[1:]))",
     )
 
 
@@ -226,3 +238,17 @@ def test_a_cancel_takes_under_five_seconds_and_a_retry_goes_on(service: Service)
     service.work()
     assert service.job(job_id)["summary"]["n_rows"] == 40 * len(TEXTS)
     assert len(service.rows(job_id)) == 40 * len(TEXTS)
+
+
+@pytest.mark.more
+def test_a_full_disk_fails_the_job_as_such_and_a_retry_goes_on_once_there_is_space(service: Service) -> None:
+    model_id = service.publish(BERT, "embedding_logreg")
+    job_id = service.submit(model_id)
+    service.work(OnAFullDisk)
+    failed = service.job(job_id)
+    assert (failed["status"], failed["error"]) == ("failed", DISK_FULL)
+    assert failed["artifacts"] == []
+    assert service.client.post(f"/jobs/{job_id}/retry").status_code == 202
+    service.work()
+    assert service.job(job_id)["status"] == "succeeded"
+    assert len(service.rows(job_id)) == len(TEXTS)
