@@ -1,6 +1,7 @@
 """The nginx configuration of the docs, in front of the real API, with TLS."""
 
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
             "/etc/ssl/tuneproof/privkey.pem": str(key),
             "http://127.0.0.1:8000": url,
             "client_max_body_size 2g": f"client_max_body_size {LIMIT}",
+            "client_body_timeout 30s": "client_body_timeout 1s",
+            "client_header_timeout 10s": "client_header_timeout 1s",
         }.items():
             assert told in server
             server = server.replace(told, here)
@@ -80,3 +83,17 @@ def test_a_file_that_is_too_large_is_refused_at_once(proxied: httpx.Client) -> N
 def test_the_service_sees_the_name_that_was_asked_for(proxied: httpx.Client) -> None:
     origin = str(proxied.base_url).rstrip("/")
     assert proxied.get("/readyz", headers={"Origin": origin}).json().get("checks"), "no page of another site"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"POST /datasets HT", b"POST /datasets HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\nhalf"]
+)
+def test_who_sends_too_slowly_is_cut_off_and_takes_no_place_meanwhile(proxied: httpx.Client, sent: bytes) -> None:
+    unchecked = ssl._create_unverified_context()
+    address = ("127.0.0.1", proxied.base_url.port)
+    with socket.create_connection(address, timeout=20) as plain, unchecked.wrap_socket(plain) as slow:
+        slow.sendall(sent)
+        assert proxied.get("/healthz").json() == {"status": "ok"}
+        assert b" 408 " in slow.recv(1000) or slow.recv(1000) == b""
+    requests = proxied.get("/metrics").text
+    assert 'route="/datasets",status="4' not in requests  # the service was asked nothing by them
