@@ -221,7 +221,8 @@ CASES: dict[tuple[str, str], Case] = {
     ("POST", "/jobs/{job_id}/retry"): looks,
     ("POST", "/predict"): sends(
         {"model": "{model_id}", "text": TEXT}, {"model": TEXT, "text": TEXT},
-        {"model": "{alias}", "texts": [TEXT, TEXT]}, {"model": "{alias}", "text": TEXT * 9999}, {"model": "{alias}", "text": TEXT, "target_precision": 0.9},
+        {"model": "{alias}", "texts": [TEXT, TEXT]}, {"model": "{alias}", "text": TEXT * 9999},
+        {"model": "{alias}", "text": TEXT, "target_precision": 0.9},
     ),
     ("POST", "/session"): sends({"key": KEY}, {"key": KEY * 99}),
     ("POST", "/keys"): sends({"name": NAME, "scope": "read"}),
