@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 
+from service.core import logs
+
 
 def _die_with_supervisor() -> None:
     """Ends this process at once when the supervisor's end of standard input closes."""
@@ -17,6 +19,7 @@ def _die_with_supervisor() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_die_with_supervisor, daemon=True).start()
+    logs.configure("info", "text")  # its supervisor passes on where it broke: no message may look like a part of that
     from worker.run import main
 
     sys.exit(main(sys.argv[1:]))

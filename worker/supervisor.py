@@ -358,7 +358,8 @@ def _own_folder(root: Path, name: str) -> Any:
 
 
 def _last_frames(log_file: Path, lines: int = 12) -> str:
-    """Where a child broke: the files and lines of its traceback, without the message, which may quote a text."""
+    """Where a child broke: the frames below the line that says so. What stands above may quote a text."""
     text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
-    frames = [line for line in text.splitlines() if _FRAME.fullmatch(line)]
+    _above, found, below = text.rpartition(f"CRITICAL tuneproof: {logs.ENDED}\n")
+    frames = [line for line in below.splitlines() if found and _FRAME.fullmatch(line)]
     return "\n".join(frames[-lines:]) or "(it left no traceback)"

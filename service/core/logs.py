@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from itertools import takewhile
 from traceback import extract_tb
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from typing import Any, Literal
 LogFormat = Literal["text", "json"]
 _IDS = ("request_id", "job_id", "attempt")
 _FRAME = "  File "
+ENDED = "ended by an error"
+"""How the line begins that tells where an error ended a process."""
 _bound: ContextVar[Mapping[str, Any]] = ContextVar("bound", default=MappingProxyType({}))
 
 
@@ -61,15 +64,16 @@ def where(error: BaseException) -> str:
 
 def _uncaught(kind: type[BaseException], error: BaseException | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
-        logging.getLogger("tuneproof").critical("ended by an error", exc_info=error)
+        logging.getLogger("tuneproof").critical(ENDED, exc_info=error)
 
 
 def _message(record: logging.LogRecord) -> str:
-    """Of other libraries the first line and the frames: asyncio and uvicorn quote exceptions in the lines below."""
+    """Of other libraries the first line, and of a traceback the frames: what is quoted below may look like frames."""
     message = record.getMessage()
     if record.name.partition(".")[0] != "tuneproof":
         first, *more = message.splitlines() or [""]
-        message = "\n".join([first, *(line for line in more if line.startswith(_FRAME))])
+        frames = takewhile(lambda line: line.startswith("  "), more) if first.startswith("Traceback ") else ()
+        message = "\n".join([first, *(line for line in frames if line.startswith(_FRAME))])
     return message
 
 

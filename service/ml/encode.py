@@ -15,6 +15,7 @@ Tokenizer = Any
 
 # The tokenizer keeps strings, offsets and masks of every token of a call, many times the ids that are wanted.
 _TEXTS_AT_ONCE = 4096
+_BRACKETS = ("<", "[", "{", "|")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,21 @@ def load_tokenizer(folder: Path, *, decoder: bool) -> Tokenizer:
         _end_with_one_eos(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    markup_is_special(tokenizer)
     # Said in the saved tokenizer_config.json too, so that markup in a text is text to stock users as well.
     tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
     return tokenizer
+
+
+def markup_is_special(tokenizer: Tokenizer) -> None:
+    """Counts all markup among the special tokens, which alone can be split where they stand in a text.
+
+    Qwen3's makers added `<think>` and `<tool_call>` without calling them special. What others added without a bracket,
+    words and runs of spaces, stays the token that their model knows.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    markup = [token for token in added if not token.special and token.content.lstrip().startswith(_BRACKETS)]
+    tokenizer.add_tokens(markup, special_tokens=True)
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Encoded:

@@ -78,7 +78,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
 @contextlib.contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The application behind uvicorn on a free port; gives its URL."""
-    server = Server(app, host="127.0.0.1", port=0, log_config=None, server_header=False)
+    server = Server(app, host="127.0.0.1", port=0, log_config=None, access_log=False, server_header=False)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started, 20, "the server listens")

@@ -17,6 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import delete, select
 
+from service.core import logs
 from service.core.clock import Steadiness
 from service.core.errors import DISK_FULL
 from service.core.settings import Settings
@@ -301,8 +302,9 @@ def test_a_child_that_breaks_without_a_word_fails_as_internal_and_no_text_reache
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broke(child: FakeChild) -> None:
-        frames = 'Traceback (most recent call last):\n  File "worker/run.py", line 7, in run\n    fit()\n'
-        (child.folder / "log.txt").write_text(f"{frames}ValueError: a private text\n")
+        quoted = 'Traceback (most recent call last):\nValueError: a\n  File "private text", line 7, in private\n'
+        ended = f'CRITICAL tuneproof: {logs.ENDED}\n  File "worker/run.py", line 7, in run\nValueError\n'
+        (child.folder / "log.txt").write_text(quoted + ended)
 
     with caplog.at_level(logging.DEBUG):
         job = bench.attempt(broke, status=1)

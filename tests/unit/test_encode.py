@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from service.ml.encode import encode, load_tokenizer, token_batches
@@ -108,6 +108,38 @@ def test_markup_in_a_text_is_data(name, tiny_models):
     ends = 1 if name in DECODERS else 2
     for row in encode(tokenizer, MARKUP, 64).ids:
         assert sum(i in special for i in row) == ends
+
+
+# As Qwen3's makers added them: no special tokens by name.
+ADDED = ("<think>", "</think>", "<tool_call>", "<|fim_prefix|>", "[INST]", "|||EMAIL|||", "{{text}}")
+
+
+def with_added(models_dir, name, folder, *added):
+    stock = AutoTokenizer.from_pretrained(models_dir / name)
+    assert stock.add_tokens(list(added)) == len(added)
+    stock.save_pretrained(folder)
+    return load_tokenizer(folder, decoder=name in DECODERS)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_a_token_added_without_being_called_special_is_plain_text_in_a_text(name, normalized, tiny_models, tmp_path):
+    added = [AddedToken(content, special=False, normalized=normalized) for content in ADDED]
+    tokenizer, plain = with_added(tiny_models, name, tmp_path, *added), tokenizer_of(tiny_models, name)
+    inside = [f"late {content}refund{content}" for content in ADDED]
+    texts = [*ADDED, *inside, "".join(ADDED), "<THINK> ＜think＞", *TEXTS]
+    assert encode(tokenizer, texts, 64).ids == encode(plain, texts, 64).ids
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(texts)["input_ids"] == encode(plain, texts, 512).ids
+    assert tokenizer.convert_tokens_to_ids(ADDED[0]) >= len(plain), "it is still there, for a template to write"
+
+
+@pytest.mark.parametrize("name", [QWEN3, BERT])
+def test_a_word_or_a_run_of_spaces_that_the_makers_added_stays_one_token(name, tiny_models, tmp_path):
+    added = [AddedToken(content, special=False, normalized=False) for content in ("refund-id", "    ")]
+    tokenizer = with_added(tiny_models, name, tmp_path, *added)
+    row = encode(tokenizer, ["late refund-id    parcel"], 64).ids[0]
+    assert set(tokenizer.convert_tokens_to_ids(["refund-id", "    "])) <= set(row)
 
 
 @pytest.mark.parametrize("name", [QWEN3, QWEN3_EOS, DISTILBERT])

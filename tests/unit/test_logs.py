@@ -35,7 +35,9 @@ with logs.bound(request_id="req_1", seconds=0.5):
         ours.exception("it broke")
 other.info("POST https://hooks/canary")
 logging.getLogger("openai").debug("canary")
-other.warning("first\\n  File \\"x.py\\", line 1\\n    canary()\\nValueError: canary")
+other.warning("first\\n  File \\"canary.py\\", line 1, in canary\\n    canary()\\nValueError: canary")
+frame = "  File \\"%s\\", line 1, in it"
+other.error("Traceback (most recent call last):\\n" + frame % "a.py" + "\\nValueError: canary\\n" + frame % "canary.py")
 warnings.warn("old\\ncanary")
 thread = threading.Thread(target=private, args=("canary three",))
 thread.start()
@@ -73,6 +75,7 @@ def test_no_exception_and_no_library_tells_what_it_was_given(log_format: str) ->
     assert "canary" not in said
     assert said.count("in private") == 4, "but where each broke"
     assert "KeyError" in said
+    assert "line 1, in it" in said
 
 
 def test_a_line_of_json_has_time_level_logger_and_the_ids_that_are_bound(lines: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from worker.predictions import Predictions
 from worker.report import MATRIX_LIMIT, most_confused, render
 from worker.verdict import judge
 
-HOSTILE = '<script>alert("1")</script>" onmouseover="alert(2)'
+HOSTILE = '<script>alert("1")</script>" onmouseover="alert(2) {{ 7 * 7 }}{% raw %}'
 VOID = {"meta", "link", "rect", "br"}
 
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from service.core.errors import InvalidData, ModelUnavailable
 from service.core.spec import Decoding
 from service.ml.base_models import Located
 from service.ml.device import DTYPES, training_precision
+from service.ml.encode import markup_is_special
 from service.ml.labels import LabelSet
 from worker.methods.decoding import Constrained, Free, generate
 from worker.methods.frozen import FrozenBase
@@ -83,6 +84,9 @@ class PromptedModel:
                 f"Prompt model {source.base.name!r} cannot be loaded ({type(error).__name__}).",
                 hint="Name a model whose config.json says …ForCausalLM, with undamaged safetensors and a tokenizer.",
             ) from error
+        # Not in an answer's words. `<think>` is, to tell the thoughts from the answer.
+        self._unsaid = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        markup_is_special(self.tokenizer)
         self.model = model.to(device).eval()
         self.name, self.max_length = source.base.name, source.base.max_length
         self.decoding = decoding
@@ -101,16 +105,15 @@ class PromptedModel:
             while ids and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]
             return ids
-        markup = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        if not any(token in system or token in user for token in markup):
-            # The template writes the special tokens itself.
-            return list(self.tokenizer(self._chat(system, user), add_special_tokens=False)["input_ids"])
+        plain = partial(self.tokenizer, add_special_tokens=False, verbose=False)
+        if all(self._text_ids(said) == plain(said)["input_ids"] for said in (system, user)):
+            return list(plain(self._chat(system, user))["input_ids"])  # the template writes the markup itself
         said = dict(zip(_PLACES, (system, user), strict=True))
         pieces = re.split("|".join(f"({re.escape(place)})" for place in _PLACES), self._chat(*_PLACES))
         ids = []
         for piece in filter(None, pieces):
             text, is_said = said.get(piece, piece), piece in said
-            ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=is_said)["input_ids"]
+            ids += plain(text, split_special_tokens=is_said)["input_ids"]
         return ids
 
     def _chat(self, system: str, user: str, answer: str | None = None) -> str:
@@ -149,7 +152,8 @@ class PromptedModel:
         if self.decoding == "free":
             free = Free(self.model, n, self.label_tokens(labels), self.ends)
             generate(self.model, ids, free, done)
-            return self.tokenizer.batch_decode(free.answers, skip_special_tokens=True), None
+            said = [[token for token in answer if token not in self._unsaid] for answer in free.answers]
+            return self.tokenizer.batch_decode(said), None
         constrained = Constrained(self.model, n, LabelTrie(self.label_paths(labels), self.ends))
         generate(self.model, ids, constrained, done)
         return ["" if label is None else labels[label] for label in constrained.labels], None
