@@ -25,7 +25,7 @@ test: setup ## The tests, in under five minutes on two cores
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m "not more and not gpu and not acceptance and not calibrate and not chaos"
 
 test-more: setup ## What is heavier, or needs servers or browsers
-	$(BIN)/pytest -m more
+	$(BIN)/pytest -n 2 --dist loadfile -m more
 
 test-gpu: setup ## What needs a CUDA GPU
 	$(BIN)/pytest -m gpu
