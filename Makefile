@@ -36,8 +36,8 @@ acceptance: setup ## The whole way on the real data sets, some twenty minutes; n
 calibrate: setup ## How often the verdict errs: a hundred seeds of chance, and of a gap that is there
 	$(BIN)/pytest -m calibrate -s
 
-chaos: setup ## Training killed at twenty random moments ends as if it had not been
-	$(BIN)/pytest -m chaos tests/integration/test_chaos.py
+chaos: setup ## Servers, workers and training killed at random moments, over ten minutes; CHAOS_SECONDS=60 for less
+	$(BIN)/pytest -m chaos -s tests/integration/test_chaos.py tests/integration/test_chaos_service.py
 
 check: setup ## Style, types, imports, migrations in step with the models, lines by room
 	$(BIN)/ruff check

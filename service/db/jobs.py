@@ -196,7 +196,8 @@ def publish(
     """
     with db.write() as session:
         job = _held(session, lease, statuses=("running",))
-        garbage.discard(session, job.checkpoint_prefix, now + grace)
+        # All of them: one whose worker was lost before it was kept has no other trace.
+        garbage.discard(session, f"jobs/{job.id}/checkpoints", now + grace)
         job.checkpoint_prefix, job.error, job.summary = None, None, summary
         job.progress_fraction, job.progress_message = 1.0, "done"
         job.model_id = next((model.id for model in models if model.method == "lora"), job.model_id)

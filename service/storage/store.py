@@ -150,6 +150,6 @@ def _sync_folders(folder: Path, root: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-        if folder in (root, folder.parent):
+        if folder in (root.parent, folder.parent):
             return
         folder = folder.parent

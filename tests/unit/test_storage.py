@@ -150,7 +150,7 @@ def test_bytes_and_every_folder_above_them_are_on_the_disk_before_put_returns(
     monkeypatch.setattr(os, "fsync", note)
     root = tmp_path / "storage"
     put(Storage(f"file://{root}"), "jobs/1/a")
-    assert synced == [str(root / "jobs/1/a"), str(root / "jobs/1"), str(root / "jobs"), str(root)]
+    assert synced == [str(root / "jobs/1/a"), str(root / "jobs/1"), str(root / "jobs"), str(root), str(tmp_path)]
 
 
 def test_a_put_that_breaks_leaves_nothing(storage: Storage) -> None:
