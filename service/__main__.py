@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 from service.core import logs
 from service.core.clock import utc_now
 from service.core.errors import AppError
-from service.core.settings import read_settings
+from service.core.settings import read_settings, settings_in_use
 from service.db import catalog
 from service.db.engine import Database, alembic_config, migrate
 from service.db.models import ApiKey
@@ -41,7 +41,7 @@ def serve(given: argparse.Namespace) -> int:
     from service.main import create_app
 
     asked = {name: value for name, value in (("host", given.host), ("port", given.port)) if value is not None}
-    settings = read_settings(**asked)
+    settings = settings_in_use(**asked)
     logs.configure(settings.log_level, settings.log_format)
     migrate(settings.resolved_database_url)
     if settings.listens_beyond_loopback and not settings.bootstrap_secret:
@@ -87,7 +87,7 @@ def migrate_database(given: argparse.Namespace) -> int:
                 print(error, file=sys.stderr)  # noqa: T201
                 return 1
         return 0
-    migrate(read_settings().resolved_database_url)
+    migrate(settings_in_use().resolved_database_url)
     return 0
 
 
@@ -159,7 +159,7 @@ def merge_model(given: argparse.Namespace) -> int:
 
 def _database() -> Database:
     """Brought up to date; named on standard error, as the default goes by the folder in which the command is run."""
-    settings = read_settings()
+    settings = settings_in_use()
     url = settings.resolved_database_url
     where = make_url(url).render_as_string() if settings.database_url else settings.data_dir.absolute()
     print(f"Keys of the server with its data in {where}:", file=sys.stderr)  # noqa: T201

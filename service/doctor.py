@@ -84,6 +84,8 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
     folder = settings.data_dir.absolute()
     if folder.is_dir():
         yield Finding("ok", "data folder", str(folder))
+    elif folder.exists():
+        yield Finding("fail", "data folder", f"{folder} is no folder", "Set TUNEPROOF_DATA_DIR to one.")
     else:
         todo = "Right before a first start. Else go to the folder you start the server in, or set TUNEPROOF_DATA_DIR."
         yield Finding("note", "data folder", f"{folder} is not there yet", todo)

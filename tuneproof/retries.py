@@ -67,6 +67,8 @@ class Attempts:
             raise problem from (None if problem is error else error)
         if self._failures == 1 and self._met and asked is None and not to_the_end:
             logging.getLogger(__name__).warning("No answer from %s; asking for %g s.", self._url, self._seconds)
+        if asked is not None and asked >= _LONGEST_PAUSE_SECONDS:
+            logging.getLogger(__name__).warning("%s (Asking again in %g s.)", problem.detail, round(wait))
         return wait
 
 

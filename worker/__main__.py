@@ -4,16 +4,15 @@ import signal
 import sys
 
 from service.core import logs
-from service.core.settings import read_settings
+from service.core.settings import settings_in_use
 from service.db.engine import migrate
 from worker.supervisor import Supervisor
 
 
 def main() -> int:
     try:
-        settings = read_settings()
+        settings = settings_in_use()
         logs.configure(settings.log_level, settings.log_format)
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
         migrate(settings.resolved_database_url)
     except RuntimeError as error:  # settings that cannot work, or a database newer than this code
         print(error, file=sys.stderr)  # noqa: T201

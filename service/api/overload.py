@@ -60,7 +60,7 @@ class Pace:
         early = paid_until - now - max(_BURST_SECONDS, 1 / self._a_second)
         if early > _ROUNDING:
             raise RateLimited(
-                f"This key may make {self._a_second:g} calls a second (TUNEPROOF_RATE_LIMIT), on average over "
+                f"A key may make {self._a_second:g} calls a second (TUNEPROOF_RATE_LIMIT), on average over "
                 f"{_BURST_SECONDS:g} s. Ask less often.",
                 retry_after_seconds=ceil(early),
             )

@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
@@ -181,7 +182,26 @@ def read_settings(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        found = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
+        found = [f"{_variable(entry['loc'])}{entry['msg']}" for entry in error.errors()]
     except SettingsError as error:
         found = [f"{error}: expected JSON"]
     raise RuntimeError("Settings (TUNEPROOF_* variables) that cannot work:\n  " + "\n  ".join(found))
+
+
+def settings_in_use(**given: Any) -> Settings:
+    """The settings in force, their data folder made. Raises RuntimeError, also where nothing can be written there."""
+    settings = read_settings(**given)
+    try:
+        (settings.data_dir / "tmp").mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=settings.data_dir / "tmp").close()
+    except OSError as error:
+        raise RuntimeError(
+            f"TUNEPROOF_DATA_DIR: {settings.data_dir.absolute()} is no folder that can be written to "
+            f"({error.strerror}). Name another one, or give it to the service's user."
+        ) from error
+    return settings
+
+
+def _variable(loc: tuple[int | str, ...]) -> str:
+    first, *inside = map(str, loc) if loc else ("",)
+    return f"TUNEPROOF_{'.'.join([first.upper(), *inside])}: " if first else ""

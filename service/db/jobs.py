@@ -98,7 +98,7 @@ def refuse_on_full_queue(session: Session, most: int) -> None:
     """Raises QueueFull where `most` jobs wait for a worker already."""
     if session.scalars(select(func.count()).where(Job.status == "queued")).one() >= most:
         raise QueueFull(
-            f"{most} jobs are waiting for a worker already (TUNEPROOF_MAX_QUEUED_JOBS). Ask again in a minute, or "
+            f"As many jobs wait for a worker as may, {most} (TUNEPROOF_MAX_QUEUED_JOBS). Ask again in a minute, or "
             "start more workers.",
             retry_after_seconds=60,
         )
@@ -389,7 +389,7 @@ def _lose(session: Session, job: Job, reason: str, max_attempts: int, now: datet
         error = {
             "code": "worker_lost", "message": f"Attempt {job.attempt} ended: {reason}. "
             f"After {job.failures} lost attempts the job is given up.",
-            "hint": "See the worker's log for what killed it (often a lack of memory); POST /jobs/{id}/retry goes on "
+            "hint": "Most often memory ran out, and the system's log (dmesg) says so; POST /jobs/{id}/retry goes on "
             "from the last checkpoint.",
         }  # fmt: skip
         _fail(session, job, error, now)

@@ -213,7 +213,7 @@ def test_settings_that_cannot_be_read_are_a_finding_too(
     monkeypatch.setenv("TUNEPROOF_PORT", "http")
     assert main(["doctor", "--json"]) == 1
     [finding] = json.loads(capsys.readouterr().out)
-    assert (finding["level"], finding["about"], "port" in finding["found"]) == ("fail", "settings", True)
+    assert (finding["level"], finding["about"], "TUNEPROOF_PORT" in finding["found"]) == ("fail", "settings", True)
 
 
 def test_the_command_hands_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -113,19 +114,19 @@ def test_endpoints_are_read_from_json(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("{", "prompt_endpoints"),
         ("", "prompt_endpoints"),
-        ('["a"]', "prompt_endpoints"),
-        ({"Upper": ENDPOINT}, "prompt_endpoints.Upper"),
-        ({"a/b": ENDPOINT}, "prompt_endpoints.a/b"),
-        ({"a": {}}, "prompt_endpoints.a.base_url"),
-        ({"a": ENDPOINT | {"base_url": "ftp://host/"}}, "prompt_endpoints.a.base_url"),
+        ('["a"]', "TUNEPROOF_PROMPT_ENDPOINTS"),
+        ({"Upper": ENDPOINT}, "TUNEPROOF_PROMPT_ENDPOINTS.Upper"),
+        ({"a/b": ENDPOINT}, "TUNEPROOF_PROMPT_ENDPOINTS.a/b"),
+        ({"a": {}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.base_url"),
+        ({"a": ENDPOINT | {"base_url": "ftp://host/"}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.base_url"),
         ({"a": ENDPOINT | {"base_url": "http://me:sk-hidden@host/v1"}}, "api_key_env"),
         ({"a": ENDPOINT | {"base_url": "http://host/v1?key=sk-hidden"}}, "api_key_env"),
-        ({"a": ENDPOINT | {"api_key": "sk-hidden"}}, "prompt_endpoints.a.api_key"),
-        ({"a": ENDPOINT | {"api_key_env": "sk-hidden"}}, "prompt_endpoints.a.api_key_env"),
-        ({"a": ENDPOINT | {"model": ""}}, "prompt_endpoints.a.model"),
-        ({"a": ENDPOINT | {"max_concurrency": 0}}, "prompt_endpoints.a.max_concurrency"),
-        ({"a": ENDPOINT | {"timeout_seconds": 0}}, "prompt_endpoints.a.timeout_seconds"),
-        ({"a": ENDPOINT | {"input_price_per_million": -1}}, "prompt_endpoints.a.input_price_per_million"),
+        ({"a": ENDPOINT | {"api_key": "sk-hidden"}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.api_key"),
+        ({"a": ENDPOINT | {"api_key_env": "sk-hidden"}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.api_key_env"),
+        ({"a": ENDPOINT | {"model": ""}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.model"),
+        ({"a": ENDPOINT | {"max_concurrency": 0}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.max_concurrency"),
+        ({"a": ENDPOINT | {"timeout_seconds": 0}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.timeout_seconds"),
+        ({"a": ENDPOINT | {"input_price_per_million": -1}}, "TUNEPROOF_PROMPT_ENDPOINTS.a.input_price_per_million"),
         ({"a": ENDPOINT | {"budget_cost": 5}}, "budget_cost needs"),
     ],
 )
@@ -139,3 +140,19 @@ def test_endpoints_that_cannot_work_are_told_at_start_without_what_was_in_them(
     told = capsys.readouterr().err
     assert named in told
     assert "sk-hidden" not in told
+
+
+@pytest.mark.parametrize(
+    "command", [["service", "serve"], ["service", "migrate"], ["service", "keys", "list"], ["worker"]]
+)
+def test_a_data_folder_that_cannot_be_one_is_told_in_a_line(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "file").touch()
+    given = os.environ | {"TUNEPROOF_DATA_DIR": str(tmp_path / "file")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", *command], env=given, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"TUNEPROOF_DATA_DIR: {tmp_path / 'file'} is no folder that can be written to (Not a directory). Name another "
+        "one, or give it to the service's user."
+    )
