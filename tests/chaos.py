@@ -175,6 +175,10 @@ class ServerProcess:
         self.process.wait()
         self.kills += 1
 
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
@@ -285,6 +289,7 @@ class Outcome:
     """What became of the jobs: ids, and what is wrong with each."""
 
     jobs: int = 0
+    trained: int = 0
     attempts: int = 0
     not_succeeded: list[str] = field(default_factory=list)
     published_twice: list[str] = field(default_factory=list)
@@ -297,6 +302,7 @@ def outcome(db: Database, data_dir: Path) -> Outcome:
     with db.read() as session:
         for job in session.scalars(select(Job)):
             found.jobs, found.attempts = found.jobs + 1, found.attempts + job.attempt
+            found.trained += job.spec["seed"] == REAL
             if job.status != "succeeded":
                 found.not_succeeded.append(f"{job.id} {job.status} {job.error}")
                 continue

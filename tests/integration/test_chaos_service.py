@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,26 +54,26 @@ def bench(tmp_path: Path) -> Iterator[Database]:
     db.close()
 
 
-def test_forty_jobs_under_three_workers_that_are_killed_and_stopped_are_each_published_once(
-    bench: Database, tmp_path: Path
+@pytest.mark.parametrize("n_jobs", [12, pytest.param(40, marks=pytest.mark.more)])
+def test_jobs_under_three_workers_that_are_killed_and_stopped_are_each_published_once(
+    bench: Database, tmp_path: Path, n_jobs: int
 ) -> None:
     """Stops last longer than the lease, so that workers wake up whose jobs others have."""
     dataset_id = add_bytes(bench, tmp_path)
-    for _ in range(40):
+    for _ in range(n_jobs):
         add_job(bench, dataset_id)
     workers, chance = Workers(3, data_dir=tmp_path, **FAST), random.Random(11)
     try:
         deadline = time.monotonic() + 200
-        for _ in chaos.disturb(workers, chance, 0.4, 2.6, lambda: chaos.open_jobs(bench) > 0):
+        for _ in chaos.disturb(workers, chance, 0.3, 2.6, lambda: chaos.open_jobs(bench) > 0):
             assert time.monotonic() < deadline, chaos.outcome(bench, tmp_path)
     finally:
         workers.close()
     found = chaos.outcome(bench, tmp_path)
     assert (found.not_succeeded, found.published_twice, found.not_whole) == ([], [], [])
-    assert found.jobs == 40
-    assert found.attempts > 45
-    assert workers.kills > 3
-    assert workers.stops > 1
+    assert found.jobs == n_jobs
+    assert workers.kills + workers.stops > n_jobs // 5
+    assert found.attempts > n_jobs
     assert chaos.integrity(tmp_path) == [("ok",)]
     assert chaos.strays(bench, Storage(f"file://{tmp_path / 'storage'}"), tmp_path) == set()
     assert [path.name for path in (tmp_path / "work").iterdir() if path.name != "lock"] == []
@@ -180,7 +181,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("kept_back", [0, 4 << 20])
+@pytest.mark.parametrize("kept_back", [4 << 20, pytest.param(0, marks=pytest.mark.more)])
 def test_on_a_full_disk_nothing_is_acknowledged_in_vain_and_it_goes_on_when_there_is_room(
     small_disk: Path, kept_back: int
 ) -> None:
@@ -239,7 +240,7 @@ def test_a_service_under_kills_loses_nothing_and_publishes_nothing_twice(tmp_pat
     workers = Workers(3, data_dir=tmp_path, **settings, **real)
     uploaders = [Uploader(server.url, seed, pause_seconds=0.3) for seed in (1, 2)]
     db = Database(f"sqlite:///{tmp_path / 'tuneproof.db'}")
-    started = time.monotonic()
+    started, restart = time.monotonic(), threading.Thread()
     try:
         next_kill = next_real = started
         with uploaders[0], uploaders[1]:
@@ -247,10 +248,11 @@ def test_a_service_under_kills_loses_nothing_and_publishes_nothing_twice(tmp_pat
                 now = time.monotonic()
                 if now >= next_real and train(server.url):
                     next_real = now + 20
-                if now >= next_kill:
-                    server.kill()
-                    server.start()
-                    next_kill = time.monotonic() + chance.uniform(4, 12)
+                if now >= next_kill and not restart.is_alive():
+                    restart = threading.Thread(target=server.restart)
+                    restart.start()
+                    next_kill = now + chance.uniform(5, 15)
+            restart.join()
         for _ in chaos.disturb(workers, chance, float("inf"), 0, lambda: chaos.open_jobs(db) > 0):
             assert time.monotonic() - started < SECONDS + 600, chaos.outcome(db, tmp_path)
         with httpx.Client(base_url=server.url, timeout=30) as client:
@@ -268,10 +270,11 @@ def test_a_service_under_kills_loses_nothing_and_publishes_nothing_twice(tmp_pat
         "answers that should not be": surprises,
     }  # fmt: skip
     counted = {
-        "seconds": round(time.monotonic() - started), "jobs": found.jobs, "attempts": found.attempts,
+        "seconds": round(time.monotonic() - started), "jobs": found.jobs, "of them trained": found.trained,
+        "attempts": found.attempts,
         "workers killed": workers.kills, "workers stopped": workers.stops, "servers killed": server.kills,
         "uploads and jobs acknowledged": sum(uploader.acknowledged for uploader in uploaders),
-        "calls cut off": sum(uploader.failed for uploader in uploaders),
+        "calls without an answer": sum(uploader.failed for uploader in uploaders),
     }  # fmt: skip
     print()
     for name, number in {**counted, **{name: len(ids) for name, ids in wrong.items()}}.items():
