@@ -352,15 +352,16 @@ def strays(db: Database, storage: Storage, data_dir: Path) -> set[str]:
 
 
 def disturb(
-    workers: Workers, chance: random.Random, every_seconds: float, stop_seconds: float, go_on: Callable[[], bool]
-) -> Iterator[None]:
-    """Kills or stops a worker now and then as long as there is something to disturb; a look at each round."""
+    workers: Workers, chance: random.Random, every_seconds: float, stop_seconds: float, go_on: Callable[[], bool],
+    most: int,
+) -> Iterator[None]:  # fmt: skip
+    """Kills or stops a worker now and then, `most` times at most; a look at each round."""
     following = time.monotonic()
     while go_on():
         now = time.monotonic()
         workers.wake(now)
         workers.replace_lost()
-        if now >= following:
+        if now >= following and workers.kills + workers.stops < most:
             following = now + chance.uniform(0.5, 1.5) * every_seconds
             if chance.random() < 0.6:
                 workers.kill_one(chance)

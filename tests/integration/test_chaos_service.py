@@ -65,7 +65,7 @@ def test_jobs_under_three_workers_that_are_killed_and_stopped_are_each_published
     workers, chance = Workers(3, data_dir=tmp_path, **FAST), random.Random(11)
     try:
         deadline = time.monotonic() + 200
-        for _ in chaos.disturb(workers, chance, 0.3, 2.6, lambda: chaos.open_jobs(bench) > 0):
+        for _ in chaos.disturb(workers, chance, 0.3, 2.6, lambda: chaos.open_jobs(bench) > 0, n_jobs):
             assert time.monotonic() < deadline, chaos.outcome(bench, tmp_path)
     finally:
         workers.close()
@@ -244,7 +244,7 @@ def test_a_service_under_kills_loses_nothing_and_publishes_nothing_twice(tmp_pat
     try:
         next_kill = next_real = started
         with uploaders[0], uploaders[1]:
-            for _ in chaos.disturb(workers, chance, 3.0, 5.0, lambda: time.monotonic() - started < SECONDS):
+            for _ in chaos.disturb(workers, chance, 3.0, 5.0, lambda: time.monotonic() - started < SECONDS, 10**9):
                 now = time.monotonic()
                 if now >= next_real and train(server.url):
                     next_real = now + 20
@@ -253,7 +253,7 @@ def test_a_service_under_kills_loses_nothing_and_publishes_nothing_twice(tmp_pat
                     restart.start()
                     next_kill = now + chance.uniform(5, 15)
             restart.join()
-        for _ in chaos.disturb(workers, chance, float("inf"), 0, lambda: chaos.open_jobs(db) > 0):
+        for _ in chaos.disturb(workers, chance, 0, 0, lambda: chaos.open_jobs(db) > 0, 0):
             assert time.monotonic() - started < SECONDS + 600, chaos.outcome(db, tmp_path)
         with httpx.Client(base_url=server.url, timeout=30) as client:
             lost = chaos.lost_uploads(uploaders, client, tmp_path)
