@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from schemathesis.python import asgi
 
+from service.api import preflight
 from service.core.ids import new_token
 from service.db import catalog
 from service.db.models import Base
+from service.ml.preflight import look
 from tests.integration.conftest import make_app
 from tests.problems import problem_of
 from tests.rows import ARTIFACTS, START, add_dataset, add_job, add_published
@@ -67,8 +69,9 @@ def document(*, boundaries: bool) -> Any:
             "coverage": {"enabled": boundaries},
             # What one operation answered is no input of the next: an order of tests would be part of the outcome.
             "fuzzing": {"extra-data-sources": {"responses": False}, "error-feedback": {"enabled": False}},
-            "stateful": {"link-calibration": False},
+            "stateful": {"link-calibration": False, "checks": {"negative_data_rejection": {"enabled": False}}},
         },
+        "request-timeout": 60,
         "checks": {
             "not_a_server_error": {"expected-statuses": ["2xx", "4xx", 503, 507]},
             "allow_header_conformance": {"enabled": False},  # Starlette names the methods of one route of a path alone
@@ -151,14 +154,15 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
 
 
 @pytest.fixture
-def served(app: FastAPI) -> Served:
+def served(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> Served:
+    monkeypatch.setattr(preflight, "_look_in_a_process_of_its_own", look)  # starting one takes seconds each time
     return seeded(app)
 
 
 few, many = document(boundaries=False), document(boundaries=True)
 
 
-@few.exclude(path_regex="/preflight$").parametrize()  # it starts a process
+@few.exclude(path_regex="/preflight$").parametrize()  # it imports what training imports
 @sends(6)
 def test_a_few_inputs_to_each_route(case: schemathesis.Case, served: Served) -> None:
     served.ask(case)
@@ -166,7 +170,7 @@ def test_a_few_inputs_to_each_route(case: schemathesis.Case, served: Served) -> 
 
 @pytest.mark.more
 @many.parametrize()
-@sends(20)
+@sends(15)
 def test_many_inputs_to_each_route(case: schemathesis.Case, served: Served) -> None:
     served.ask(case)
 
@@ -185,6 +189,10 @@ def follow(app: FastAPI, given: settings) -> set[tuple[str, int]]:
             self.served = seeded(app)
 
         def before_call(self, case: schemathesis.Case) -> None:
+            if isinstance(case.body, dict) and case.operation.label in ("POST /datasets", "POST /jobs"):
+                # What leads on alone: where every field is drawn, hardly anything is taken.
+                case.body = {name: value for name, value in case.body.items() if name in ("file", "dataset_id")}
+                case.headers.pop("Idempotency-Key", None)
             self.served.prepare(case)
 
         def get_call_kwargs(self, case: schemathesis.Case) -> dict[str, Any]:
@@ -203,11 +211,11 @@ def well_answered(answered: set[tuple[str, int]]) -> set[str]:
 
 
 def test_calls_that_follow_each_other(app: FastAPI) -> None:
-    assert len(well_answered(follow(app, sends(12, stateful_step_count=10)))) >= 8
+    assert len(well_answered(follow(app, sends(10, stateful_step_count=8)))) >= 8
 
 
 @pytest.mark.more
 def test_many_calls_that_follow_each_other(app: FastAPI) -> None:
-    well = well_answered(follow(app, sends(40, stateful_step_count=20)))
+    well = well_answered(follow(app, sends(30, stateful_step_count=20)))
     assert well >= {"POST /datasets", "POST /jobs", "POST /jobs/{job_id}/cancel", "DELETE /jobs/{job_id}"}
     assert len(well) >= 15
