@@ -332,5 +332,5 @@ def _range(asked: str, size: int) -> tuple[int, int] | None:
     else:
         start, stop = max(0, size - int(last)), size
     if start >= stop:
-        raise HTTPException(416, f"The file has {size} bytes.", {"Content-Range": f"bytes */{size}"})
+        raise HTTPException(416, f"The file has {size} bytes; ask for some.", {"Content-Range": f"bytes */{size}"})
     return start, stop - start
