@@ -249,10 +249,12 @@ def test_an_error_of_the_database_does_not_quote_a_text(db: Database) -> None:
     assert "private" not in str(caught.value)
 
 
-def test_the_database_syncs_to_the_disk_and_minds_foreign_keys(tmp_path: Path) -> None:
+def test_the_database_syncs_to_the_disk_minds_foreign_keys_and_wipes_what_is_deleted(tmp_path: Path) -> None:
     db = Database(f"sqlite:///{tmp_path / 'plain.db'}")
     with db.read() as session:
         pragmas = {name: session.execute(text(f"PRAGMA {name}")).scalar() for name in
-                   ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")}  # fmt: skip
+                   ("journal_mode", "synchronous", "foreign_keys", "busy_timeout", "secure_delete")}  # fmt: skip
     db.close()
-    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
+    assert pragmas == {
+        "journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000, "secure_delete": 1
+    }  # fmt: skip
