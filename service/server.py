@@ -10,9 +10,32 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _M_ARENA_MAX = -8  # glibc's malloc.h
+_MOST_HEAD_BYTES = 1 << 16
 log = logging.getLogger("tuneproof.api")
+
+
+class BoundedHead(HttpToolsProtocol):
+    """A connection that is closed where the head of a request does not end: httptools itself keeps all of it."""
+
+    _head_bytes, _in_head = 0, True
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+        if self._head_bytes > _MOST_HEAD_BYTES:
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -22,7 +45,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, **config: Any) -> None:
-        super().__init__(uvicorn.Config(app, **config))
+        super().__init__(uvicorn.Config(app, http=BoundedHead, **config))
         self.app = app
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

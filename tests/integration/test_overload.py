@@ -66,6 +66,26 @@ def test_an_upload_that_is_broken_off_gives_its_place_back(tmp_path: Path) -> No
         assert httpx.post(f"{url}/datasets", files={"file": CSV}).status_code == 201
 
 
+@pytest.mark.parametrize(
+    ("begun", "more"),
+    [
+        (b"GET /", b"x" * 30_000),
+        (b"GET / HTTP/1.1\r\nX-A: ", b"x" * 30_000),
+        (b"GET / HTTP/1.1\r\n", b"x: y\r\n" * 5000),
+    ],
+    ids=["a path", "a header", "many headers"],
+)
+def test_a_head_that_does_not_end_is_cut_off(tmp_path: Path, begun: bytes, more: bytes) -> None:
+    with listening(make_app(tmp_path / "data")) as url:
+        address = url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=20) as connection:
+            connection.sendall(begun)
+            with pytest.raises(ConnectionError):  # noqa: PT012 -- which of them is cut off depends on buffers
+                for _ in range(1000):
+                    connection.sendall(more)
+        assert httpx.get(f"{url}/healthz", headers={"x-long": "x" * 30_000}).status_code == 200
+
+
 def test_past_the_limit_a_job_is_429_until_one_has_left_the_queue(start: Start) -> None:
     client = start(max_queued_jobs=2)
     db = client.app.state.context.db  # type: ignore[attr-defined]

@@ -41,16 +41,19 @@ def targets(file: str) -> dict[str, str]:
     """By the name of each test in a file, the target that runs it."""
 
     def marks(nodes: list[ast.expr]) -> list[str]:
-        return [found for node in nodes for found in re.findall(r"pytest\.mark\.(\w+)", ast.unparse(node))]
+        """Those of the whole test: some of its parameters may have marks of their own."""
+        named = [ast.unparse(node.func if isinstance(node, ast.Call) else node) for node in nodes]
+        return [name.removeprefix("pytest.mark.") for name in named]
 
     tree = ast.parse((ROOT / file).read_text("utf-8"))
-    whole = [
-        marks([node.value]) for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node)
-    ]
+    whole = []
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark":
+            whole = marks(node.value.elts if isinstance(node.value, ast.List) else [node.value])
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
-            named = [*marks(node.decorator_list), *(mark for marked in whole for mark in marked)]
+            named = [*marks(node.decorator_list), *whole]
             found[node.name] = next((TARGETS[mark] for mark in named if mark in TARGETS), "test")
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):  # a state machine's `TestX`
             name = node.targets[0].id
