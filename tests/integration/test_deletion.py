@@ -1,4 +1,4 @@
-"""What is deleted is gone from every byte of the data folder; what is old goes by itself, where the operator says so."""
+"""What is deleted is gone from every byte of the data folder; what is old goes by itself where the operator says so."""
 
 import json
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def holding(folder: Path, word: str) -> list[str]:
 
 def leaves(child: FakeChild) -> None:
     """What an experiment leaves: its artifacts, its model, and in both what was learned from."""
-    files = {name: TEXT for name in TEXT_ARTIFACTS} | {"metrics.json": REST, "adapter/weights.bin": REST}
+    files = dict.fromkeys(TEXT_ARTIFACTS, TEXT) | {"metrics.json": REST, "adapter/weights.bin": REST}
     manifest = {"base_model": "minilm", "base_revision": "sha256:0", "labels": [f"a-{REST}", f"b-{REST}"]}
     for name, said in (files | {"adapter/manifest.json": json.dumps(manifest)}).items():
         file = child.folder / "out" / name
@@ -106,7 +106,7 @@ def test_what_was_deleted_is_in_no_byte_of_the_data_folder(tmp_path: Path) -> No
 
 # By itself ------------------------------------------------------------------------------------------
 def retained(start: Start, days: int) -> tuple[Desk, dict[str, str], dict[str, str]]:
-    """An old dataset whose job has ended, one whose job waits, one without a job, and a young one; datasets and jobs."""
+    """Old datasets whose job has ended, whose job waits, without a job, and a young one; the ids of datasets and jobs."""
     desk = Desk(start(clock=StillClock(), retention_days=days))
     upload = {"file": ("x.csv", TABLE)}
     datasets, made = {}, {}
