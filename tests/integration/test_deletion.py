@@ -1,4 +1,4 @@
-"""What is deleted is gone from every byte of the data folder; what is old goes by itself, where that is asked for."""
+"""What is deleted is gone from every byte of the data folder; what is old goes by itself where the operator says so."""
 
 import json
 from collections.abc import Callable
@@ -106,7 +106,7 @@ def test_what_was_deleted_is_in_no_byte_of_the_data_folder(tmp_path: Path) -> No
 
 # By itself ------------------------------------------------------------------------------------------
 def retained(start: Start, days: int) -> tuple[Desk, dict[str, str], dict[str, str]]:
-    """An old dataset whose job has ended, one whose job waits, one without a job, and a young one; their ids, jobs'."""
+    """Old datasets whose job has ended, whose job waits, and without one, and a young one; ids of datasets and jobs."""
     desk = Desk(start(clock=StillClock(), retention_days=days))
     upload = {"file": ("x.csv", TABLE)}
     datasets, made = {}, {}

@@ -22,6 +22,7 @@ from tests.tiny import BERT, KEYWORDS, labelled_texts
 from worker.card import in_markdown, write_card
 from worker.progress import Reporter
 from worker.run import Experiment
+from worker.supervisor import TEXT_ARTIFACTS
 
 HOSTILE = "a|b `c` <script>alert(1)</script> --- [d](http://e.example) *f* _g_ &lt; \\| ~h~ # i $j$ www.k.example"
 NAME = f"{HOSTILE}\n---\nlicense: mit\n\n## Limits\n| x |\n<!-- \u2028\x1b"
@@ -50,6 +51,15 @@ def run(folder: Path, models_dir: Path, job_id: str = "job_1", **spec: Any) -> P
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Path:
     return run(tmp_path_factory.mktemp("job"), tiny_models)
+
+
+def test_only_what_is_deleted_with_the_dataset_holds_its_texts(job: Path) -> None:
+    """Of all that is published: artifacts and models; the files that are not text are searched, too."""
+    texts = [text.encode() for text in labelled_texts(120)[0]]
+    published = {path for folder in ("out", *METHODS.values()) for path in (job / folder).rglob("*") if path.is_file()}
+    found = {path for path in published if any(text in path.read_bytes() for text in texts)}
+    assert {path.name for path in found} == {"predictions.csv", "flips.csv", "report.html"}
+    assert all(path.relative_to(job / "out").as_posix() in TEXT_ARTIFACTS for path in found)
 
 
 def card_of(job: Path, method: str) -> str:
