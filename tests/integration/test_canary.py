@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import alembic.config  # noqa: F401 -- it keeps the stdout that it is first imported with: not that of a test
 import httpx
 import pytest
 from fastapi.testclient import TestClient
@@ -261,7 +262,8 @@ def test_nothing_that_is_sent_to_any_route_is_heard_elsewhere(stage: Stage, hear
     statuses: set[int] = set()
     for (method, path), case in CASES.items():
         statuses.update(held_back(case(stage, method, path), TOLD_TO_NOBODY))
-        held_back(stage.as_other(), (CANARY,))
+        if method != "GET":
+            held_back(stage.as_other(), (CANARY,))
     assert statuses >= {200, 201, 202, 204, 401, 404, 409, 415, 422, 500, 503}, "the cases reach less than they did"
     for path in ("/metrics", "/readyz"):
         said = stage.client.get(path, headers={"authorization": f"Bearer {stage.other}"}).text

@@ -321,4 +321,4 @@ def test_what_a_row_names_is_there_and_nothing_else_stays() -> None:
 
 @pytest.mark.more
 def test_what_a_row_names_is_there_and_nothing_else_stays_however_long_it_goes_on() -> None:
-    run(examples=150, steps=50)
+    run(examples=30, steps=45)
