@@ -147,8 +147,9 @@ async def _housekeeping(context: Context) -> None:
 def _round(context: Context, forgets: bool = True) -> None:
     now, settings = context.clock(), context.settings
     grace = timedelta(seconds=settings.delete_grace_seconds)
-    if context.steady():  # where the clock was set, those at work have had no time to renew by it
-        job_queue.reap(context.db, now, settings.max_attempts, grace)
+    if not context.steady():  # those at work have had no time to renew by a clock that was set, and it may be set back
+        return
+    job_queue.reap(context.db, now, settings.max_attempts, grace)
     if forgets:  # they need the database's write lock each time, and what is over is refused without
         sessions.forget_ended(context.db, now)
         idempotency.forget_old(context.db, now)
@@ -168,9 +169,9 @@ def _round(context: Context, forgets: bool = True) -> None:
 def _forget_spooled(folder: Path, before: datetime) -> None:
     """Deletes what a killed process was reading: copies of uploads, and of models."""
     for left in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if left.stat().st_mtime < before.timestamp():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        with contextlib.suppress(OSError):
+            if left.lstat().st_mtime < before.timestamp():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _with_bodies(document: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import event
 
+from service.core.clock import Steadiness
 from service.core.ids import new_id
 from service.core.spec import JobSpec
 from service.db import garbage, jobs
@@ -37,6 +38,16 @@ class StillClock:
     def advance(self, seconds: float) -> datetime:
         self.now += timedelta(seconds=seconds)
         return self.now
+
+
+class Steady(Steadiness):
+    """As of a clock that nobody sets, for tests that move one by hand."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: START, 0)
+
+    def __call__(self) -> bool:
+        return True
 
 
 @functools.cache

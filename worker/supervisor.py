@@ -68,8 +68,9 @@ class Supervisor:
     def work_once(self, folder: Path) -> bool:
         """Takes one job and sees it through. False where none was waiting."""
         self.show_life()
+        now = self.clock()
         if self.steady():  # where the clock was set, those at work have had no time to renew by it
-            jobs.reap(self.db, self.clock(), self.settings.max_attempts, self.grace)
+            jobs.reap(self.db, now, self.settings.max_attempts, self.grace)
         claimed = jobs.claim(self.db, self.id, self.clock(), self.settings.lease_seconds)
         if claimed is None:
             return False
@@ -121,7 +122,9 @@ class Attempt:
         except Exception as error:
             if not disk_is_full(error):
                 raise
-            self._fail(DISK_FULL)
+            self._cancelling = jobs.status_under(self.db, self.lease) == "cancelling"
+            self._ends = {} if self.supervisor.stop.is_set() else {"error": DISK_FULL}
+            self._end(None)
 
     def _stage(self) -> None:
         """Fetches the dataset, the model that is to label it, and the last checkpoint into the child's folder."""
@@ -169,6 +172,7 @@ class Attempt:
 
     def _follow(self, child: Child) -> None:
         """Passes on what the child says, keeps the lease, stops the child where it must, until it has ended."""
+        self._last_heard = time.monotonic()
         while True:
             ended = child.ended() is not None  # asked first: what it said before its end is still to be heard
             for message in child.messages(0 if ended else _LOOK_SECONDS):
@@ -187,7 +191,6 @@ class Attempt:
                 child.kill()
 
     def _heard(self, message: dict[str, Any]) -> None:
-        self._last_heard = time.monotonic()
         kind = message.pop("type")
         if kind == "progress":
             progress = Progress(**message)
@@ -204,6 +207,7 @@ class Attempt:
             self._keep_checkpoint(Path(message["folder"]))
         elif kind in ("result", "error"):
             self._ends[kind], self._last_word = message, time.monotonic()
+        self._last_heard = time.monotonic()  # now: to store a checkpoint may have taken long
 
     def _keep_checkpoint(self, folder: Path) -> None:
         prefix = f"jobs/{self.lease.job_id}/checkpoints/{self.lease.attempt}-{self.lease.token}/{folder.name}"
@@ -261,6 +265,9 @@ class Attempt:
     def _finish(self, child: Child) -> None:
         status = child.ended()
         log.info("the child ended with status %s", status)
+        self._end(status)
+
+    def _end(self, status: int | None) -> None:
         if self._cancelling:
             jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
         elif "result" in self._ends:
@@ -347,7 +354,7 @@ def _own_folder(root: Path, name: str) -> Any:
         with (root / "lock").open("w") as turn:  # or a folder could be taken for a dead worker's before it is locked
             fcntl.flock(turn, fcntl.LOCK_EX)
             for other in root.iterdir():
-                with contextlib.suppress(OSError), (other / "lock").open("r") as lock:
+                with contextlib.suppress(OSError), (other / "lock").open("a") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(other, ignore_errors=True)
             own = root / name

@@ -1,5 +1,6 @@
 """What stands around every request, whatever route it takes."""
 
+import asyncio
 import logging
 import re
 import time
@@ -10,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api import problems
 from service.api.meters import Meters
 from service.core import logs
-from service.core.errors import TooLarge
+from service.core.errors import TooLarge, TooSlow
 from service.core.ids import new_token
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -19,6 +20,7 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _LOOKS = frozenset({"/healthz", "/readyz", "/metrics"})  # asked every few seconds, for ever
 # No other site's page may frame an answer, to have it clicked on, and no browser may take it for another type.
 _HEADERS = ((b"x-frame-options", b"DENY"), (b"x-content-type-options", b"nosniff"))
+_SECONDS_BETWEEN_CHUNKS = 60.0
 log = logging.getLogger("tuneproof.api")
 access = logging.getLogger("tuneproof.access")
 
@@ -75,17 +77,24 @@ class Envelope:
             access.log(level, "%s %s %d in %.3f s", method, route, status, seconds)
 
     def _limited(self, declared: bytes, receive: Receive) -> Receive:
-        """`receive`, raising TooLarge at once where the body says it is too large, else as soon as it is.
+        """`receive`, raising TooLarge at once where the body says it is too large, else as soon as it is; and TooSlow.
 
         FastAPI's own `max_body_size` answers with plain text, which is no problem+json.
         """
         said = int(declared[:20]) if declared.isdigit() else 0  # of thousands of digits Python makes no number
-        received = 0
+        received, whole = 0, False
 
         async def count() -> Message:
-            nonlocal received
+            nonlocal received, whole
             if said <= self.max_body_bytes:
-                message = await receive()
+                try:  # who is gone without a word must not keep a place for ever; after the body, waiting is asked for
+                    async with asyncio.timeout(None if whole else _SECONDS_BETWEEN_CHUNKS):
+                        message = await receive()
+                except TimeoutError:
+                    raise TooSlow(
+                        f"Nothing of the body came for {_SECONDS_BETWEEN_CHUNKS:g} s. Send it again."
+                    ) from None
+                whole = not message.get("more_body", False)
                 received += len(message.get("body", b""))
                 if received <= self.max_body_bytes:
                     return message

@@ -45,6 +45,8 @@ _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsa
 async def create_job(request: Request, ctx: Ctx, key: IdempotencyKey = None) -> Response:
     """Start a job: JSON that names a dataset, or one multipart call with the CSV itself."""
     if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        if key is None:  # what was accepted under one is answered again
+            await run_in_threadpool(_refuse_on_full_queue, ctx)
         async with read_form(request, ctx, ("spec", *UPLOAD_FIELDS)) as (upload, fields):
             sent = dict(fields)
             spec = parse_json(JobSpec, fields.pop("spec", "{}"))
@@ -88,6 +90,8 @@ async def wait_for_job(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_seconds
     first = job = await run_in_threadpool(get_job, ctx, job_id)
+    if job.terminal:
+        return job
     with ctx.streams.hold():
         while not job.terminal and (job.status, job.stage) == (first.status, first.stage):
             left = deadline - loop.time()
@@ -251,6 +255,11 @@ def _start_on_upload(ctx: Context, upload: UploadFile, form: DatasetForm, spec: 
     return store(
         ctx, upload, form, lambda session, dataset: _submit(ctx, session, dataset, spec, claim), usual_text=learned
     )
+
+
+def _refuse_on_full_queue(ctx: Context) -> None:
+    with ctx.db.read() as session:
+        jobs.refuse_on_full_queue(session, ctx.settings.max_queued_jobs)
 
 
 def _start(ctx: Context, spec: JobSpec, claim: Claim) -> Answer:

@@ -21,6 +21,7 @@ RETRY_AFTER_SECONDS = 2
 STATUS: dict[type[AppError], int] = {
     errors.InvalidInput: 422,
     errors.UnsupportedMedia: 415,
+    errors.TooSlow: 408,
     errors.TooLarge: 413,
     errors.Unauthorized: 401,
     errors.Forbidden: 403,

@@ -15,6 +15,8 @@ def utc_now() -> datetime:
 class Steadiness:
     """Whether a clock has run as evenly as the machine's own: nobody set it, and the machine did not sleep.
 
+    At first it is not known, so it counts as unsteady: it may have been set just before.
+
     Args:
         clock: That is watched; it is looked at whenever this is called.
         seconds: How long after a jump it counts as unsteady. Jumps of a third of this are none.
@@ -24,7 +26,7 @@ class Steadiness:
     def __init__(self, clock: Clock, seconds: float, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._seconds, self._monotonic = clock, seconds, monotonic
         self._ahead = self._difference()
-        self._jumped = float("-inf")
+        self._jumped = monotonic()
 
     def __call__(self) -> bool:
         before, self._ahead = self._ahead, self._difference()

@@ -144,6 +144,12 @@ class TooLarge(AppError):
     code = "too_large"
 
 
+class TooSlow(AppError):
+    """The rest of a body does not come."""
+
+    code = "too_slow"
+
+
 # Who is asking, and for what ----------------------------------------------------------------------
 class Unauthorized(AppError):
     """No key, or one that is unknown, revoked or expired."""

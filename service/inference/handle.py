@@ -185,7 +185,7 @@ class EngineHandle:
             # of adapters of one rank has five. And one heap for all threads: what one lets go of, another can use.
             env={
                 "GOMP_SPINCOUNT": "10000", "LRU_CACHE_CAPACITY": "10", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "10",
-                "MALLOC_ARENA_MAX": "1",
+                "MALLOC_ARENA_MAX": "1", "TMPDIR": str(settings.data_dir.absolute() / "tmp"),
             }
             | os.environ,
         )  # fmt: skip

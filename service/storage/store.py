@@ -144,12 +144,16 @@ class Storage:
 
 def _sync_folders(folder: Path, root: Path) -> None:
     """A new name is on the disk only once its folder is, and so on up."""
-    while True:
-        handle = os.open(folder, os.O_RDONLY)
+    for above in (folder, *folder.parents):
+        try:
+            handle = os.open(above, os.O_RDONLY)
+        except PermissionError:
+            if above != root.parent:  # which is not ours, and may be anybody's
+                raise
+            return
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-        if folder in (root.parent, folder.parent):
+        if above == root.parent:
             return
-        folder = folder.parent

@@ -25,7 +25,8 @@ from service.core.spec import JobSpec
 from service.db import catalog, garbage, jobs
 from service.db.engine import Database
 from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
-from tests.rows import GRACE, START, StillClock, add_dataset, add_job, fresh_database, read_job
+from service.storage import Storage
+from tests.rows import GRACE, START, Steady, StillClock, add_dataset, add_job, fresh_database, read_job
 from tests.tiny import BERT, labelled_texts
 from tests.waiting import until
 from worker import supervisor as supervisor_module
@@ -77,6 +78,7 @@ class Bench:
         self.scripts: list[tuple[list[Step], int | None]] = []
         self.children: list[FakeChild] = []
         self.supervisor = Supervisor(Settings(**values), self.launch, self.clock)
+        self.supervisor.steady = Steady()
         self.db, self.storage = self.supervisor.db, self.supervisor.storage
         key = "datasets/ds/file"
         with (folder / "table.csv").open("wb+") as file:
@@ -564,7 +566,6 @@ def test_a_worker_is_seen_and_takes_over_from_a_lost_one(bench: Bench) -> None:
     with bench.db.read() as session:
         assert catalog.workers_seen(session, START) == [bench.supervisor.id]
     bench.clock.advance(31)
-    bench.supervisor.steady = Steadiness(bench.clock, 30)  # the clock has gone on by itself, nobody set it
     job = bench.attempt(leaves(), RESULT)
     assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 1)
 
@@ -574,7 +575,10 @@ def test_a_clock_that_is_set_by_an_hour_costs_no_attempt(bench: Bench, seconds: 
     """Another worker is at work and renews by the new time within its lease; a lost one is noticed after that."""
     ticks = [0.0]
     bench.supervisor.steady = Steadiness(bench.clock, 30, lambda: ticks[0])
-    at_work = jobs.claim(bench.db, "wrk_other", START, 30)
+    ticks[0] += 31
+    bench.clock.advance(31)
+    assert bench.supervisor.steady()
+    at_work = jobs.claim(bench.db, "wrk_other", bench.clock(), 30)
     assert at_work is not None
     bench.clock.advance(seconds)
     assert not bench.supervisor.work_once(bench.folder / "work")
@@ -584,6 +588,40 @@ def test_a_clock_that_is_set_by_an_hour_costs_no_attempt(bench: Bench, seconds: 
     bench.clock.advance(31)
     job = bench.attempt(leaves(), RESULT)
     assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 1)
+
+
+def test_just_started_nobody_is_sure_of_the_clock() -> None:
+    """It may have been set right before, and those at work renew by the new time within a lease."""
+    clock, ticks = StillClock(), [0.0]
+    steady = Steadiness(clock, 30, lambda: ticks[0])
+    assert not steady()
+    ticks[0] += 31
+    clock.advance(31)
+    assert steady()
+
+
+def test_a_slow_copy_is_not_taken_for_a_child_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, real = Bench(tmp_path, silence_seconds=0.2), Storage.fetch
+
+    def slow(storage: Storage, key: str, target: Path) -> None:
+        threading.Event().wait(0.3)
+        real(storage, key, target)
+
+    monkeypatch.setattr(Storage, "fetch", slow)
+    assert bench.attempt(leaves(), RESULT).status == "succeeded"
+    bench.db.close()
+
+
+@pytest.mark.parametrize(("why", "status"), [("stop", "queued"), ("cancel", "cancelled")])
+def test_a_full_disk_does_not_overrule_who_stops_the_worker_or_the_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, why: str, status: str
+) -> None:
+    def full(_child: FakeChild) -> None:
+        bench.cancel() if why == "cancel" else bench.supervisor.stop.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    job = bench.attempt(full)
+    assert (job.status, job.failures, job.error) == (status, 0, None)
 
 
 def test_a_child_that_says_nothing_for_too_long_is_ended_and_its_attempt_is_lost(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.integration.conftest import LOOPBACK, api, make_app
 from tests.integration.test_api_datasets import GOOD
 from tests.integration.test_worker import RESULT, Bench, leaves, part
 from tests.problems import problem_of
-from tests.rows import StillClock, add_job
+from tests.rows import Steady, StillClock, add_job
 from tests.write_steps import Died, Fault, PowerCut, WriteSteps
 from worker import supervisor as supervisor_module
 from worker.supervisor import Supervisor
@@ -47,7 +47,7 @@ class Disturbed(Bench):
             with self.db.write() as session:
                 jobs.retry(session, self.job_id, self.clock())
         self.clock.advance(31)
-        self.supervisor.steady = Steadiness(self.clock, 30)
+        self.supervisor.steady = Steady()
         if self.job.status != "succeeded":
             self.scripts = [([part(1), leaves("metrics.json"), RESULT], 0)]
             assert self.supervisor.work_once(self.folder / "work")
