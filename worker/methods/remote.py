@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ from worker.predictions import Spent
 
 # The longest Retry-After that the client waits out; a longer one ends the call.
 _LONGEST_WAIT_SECONDS = 120.0
+_HEARS_SIGNALS_SECONDS = 0.2
 _PROBE = ("You answer with one word.", "Say: ready")
 _HINTS = {
     400: "The model has to take temperature, seed and max_tokens. Look at `model`.",
@@ -261,9 +263,15 @@ class RemoteModel:
 
     @staticmethod
     def _run(calls: Callable[[], Awaitable[None]]) -> None:
-        """Runs them in a thread, so that a signal finds this one waiting, and ends them at once."""
+        """Runs them in a thread, so that a signal finds this one waiting, and ends them at once.
+
+        A signal that comes between the check for one and the wait itself is not heard by a wait without an end.
+        """
         try:
             with start_blocking_portal() as portal:
-                portal.call(calls)
+                running = portal.start_task_soon(calls)
+                while not wait([running], timeout=_HEARS_SIGNALS_SECONDS).done:
+                    pass
+                running.result()
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
