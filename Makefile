@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SHELL := /bin/bash
+QUICK := not more and not gpu and not acceptance and not calibrate and not chaos and not scale
+QUEUE_TESTS := $(addprefix tests/unit/test_,jobs_queue.py catalog.py migrations.py)
+DATABASE_TESTS := tests/unit/test_collection.py $(wildcard tests/integration/test_api_*.py) \
+	$(addprefix tests/integration/test_,promotion.py problems.py webhooks.py recent.py worker.py deletion.py overload.py)
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-gpu acceptance audit calibrate chaos check bench bench-gpu verify-f2llm soak docs lock vendor
+.PHONY: help setup demo run test test-more test-scale test-gpu acceptance audit calibrate chaos check bench bench-gpu verify-f2llm soak docs lock vendor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -22,10 +26,15 @@ run: setup ## Start the API and one worker on what is in ./data
 	@$(BIN)/tuneproof up
 
 test: setup ## The tests, in under five minutes on two cores
-	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m "not more and not gpu and not acceptance and not calibrate and not chaos"
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile -m "$(QUICK)"
 
 test-more: setup ## What is heavier, or needs servers or browsers
 	$(BIN)/pytest -n 2 --dist loadfile -m more
+	TUNEPROOF_TEST_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS)
+
+test-scale: setup ## The database's tests on PostgreSQL, and what takes several machines, in small
+	TUNEPROOF_TEST_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS) $(DATABASE_TESTS)
+	$(BIN)/pytest -m scale -s
 
 test-gpu: setup ## What needs a CUDA GPU
 	$(BIN)/pytest -m gpu

@@ -24,14 +24,14 @@ import psutil
 import torch
 from joblib import cpu_count
 from packaging.requirements import Requirement
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
 from service.core.errors import AppError
 from service.core.ids import new_token
 from service.core.settings import GiB, Settings
 from service.db import catalog
-from service.db.engine import revisions
+from service.db.engine import engine_of, revisions, with_driver
 from service.ml.base_models import EMBEDDED, GPU_DEFAULT, allowed_models, locate
 from service.ml.device import pick_device, training_precision
 from service.storage import Storage
@@ -223,13 +223,18 @@ def _models(settings: Settings) -> Iterator[Finding]:
 
 
 def _database(settings: Settings) -> Iterator[Finding]:
-    url = make_url(settings.resolved_database_url)
+    try:
+        url = with_driver(settings.resolved_database_url)
+        engine = engine_of(settings.resolved_database_url)
+    except RuntimeError as error:
+        yield Finding("fail", "database", str(error), "Correct TUNEPROOF_DATABASE_URL, or install what it needs.")
+        return
     shown, file = url.render_as_string(hide_password=True), Path(url.database or "")
     keys = False
     if url.get_backend_name() == "sqlite" and not file.exists():
         yield Finding("ok", "database", f"{file} is not there yet; the first start makes it")
     else:
-        engine = _looking_at(file) if url.get_backend_name() == "sqlite" else create_engine(url, hide_parameters=True)
+        engine = _looking_at(file) if url.get_backend_name() == "sqlite" else engine
         try:
             with engine.connect() as connection, Session(connection) as session:
                 if url.get_backend_name() == "sqlite":

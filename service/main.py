@@ -40,7 +40,7 @@ from service.core.settings import Settings
 from service.core.spec import JobSpec
 from service.db import catalog, garbage, idempotency, sessions
 from service.db import jobs as job_queue
-from service.db.engine import Database, migrate
+from service.db.engine import Database, migrate, take_turns
 from service.db.models import Model
 from service.inference.handle import EngineHandle
 from service.inference.wire import ServedModel
@@ -64,7 +64,8 @@ def create_app(settings: Settings | None = None, clock: Clock = utc_now) -> Fast
     """The application. Its lifespan migrates the database and runs the engine process and the housekeeping."""
     settings = settings or Settings()
     (settings.data_dir / "tmp").mkdir(parents=True, exist_ok=True)
-    db, storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
+    db = Database(settings.resolved_database_url, settings.database_connections)
+    storage = Storage(settings.resolved_storage_url)
     context = Context(settings, db, storage, EngineHandle(settings), clock)
     # FastAPI's own /docs loads its scripts from a public host.
     app = FastAPIOffline(
@@ -114,6 +115,9 @@ def _bootstrap(context: Context) -> None:
     secret = context.settings.bootstrap_secret
     if secret and not context.keys_exist():
         with context.db.write() as session:
+            take_turns(session, "the first key")
+            if catalog.list_keys(session):
+                return
             catalog.create_key(session, "bootstrap", "admin", context.clock(), secret=secret)
 
 

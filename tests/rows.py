@@ -1,22 +1,15 @@
 """Databases with rows in them, and a clock that stands still: what tests of the queue and the API start from."""
 
-import atexit
-import functools
 import io
-import shutil
-import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
-
-from sqlalchemy import event
 
 from service.core.clock import Steadiness
 from service.core.ids import new_id
 from service.core.spec import JobSpec
 from service.db import garbage, jobs
-from service.db.engine import Database, migrate
+from service.db.engine import Database
 from service.db.jobs import Claimed, NewArtifact, NewModel
 from service.db.models import Dataset, Job
 from service.storage import Storage
@@ -48,23 +41,6 @@ class Steady(Steadiness):
 
     def __call__(self) -> bool:
         return True
-
-
-@functools.cache
-def _migrated() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="tuneproof-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    migrate(f"sqlite:///{folder / 'tuneproof.db'}")
-    return folder / "tuneproof.db"
-
-
-def fresh_database(folder: Path) -> Database:
-    """An empty database at the newest revision: a copy of one that was migrated once."""
-    shutil.copyfile(_migrated(), folder / "tuneproof.db")
-    database = Database(f"sqlite:///{folder / 'tuneproof.db'}")
-    # Nothing here survives a power cut anyway, and waiting for the disk is most of the time otherwise.
-    event.listen(database.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF").close())
-    return database
 
 
 def add_dataset(

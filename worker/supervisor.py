@@ -9,10 +9,12 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from sqlalchemy.exc import OperationalError
 
 from service.core import logs
 from service.core.clock import Clock, Steadiness, utc_now
@@ -21,7 +23,7 @@ from service.core.errors import DISK_FULL, LeaseLost, disk_is_full
 from service.core.ids import new_id
 from service.core.settings import Settings
 from service.db import catalog, garbage, jobs
-from service.db.engine import Database
+from service.db.engine import Database, is_away
 from service.db.jobs import Claimed, Lease, NewArtifact, NewModel, Progress
 from service.db.models import Dataset, Model
 from service.storage import Storage, Stored
@@ -34,8 +36,10 @@ _LOOK_SECONDS = 0.2
 _STATUS_SECONDS = 0.5
 _LAST_WORD_SECONDS = 10.0  # from a child's result or error to killing it, where it does not end by itself
 _GRACE_SECONDS = 2.5  # from asking a child to stop to killing it: a cancel is to take under five
+_AWAY_SECONDS = 1.0  # between two questions to a database that is away
 _FRAME = re.compile(r'  File "[^"]+", line [0-9]+, in [\w<>.]+')
 log = logging.getLogger("tuneproof.worker")
+Answer = TypeVar("Answer")
 
 
 class Supervisor:
@@ -44,7 +48,8 @@ class Supervisor:
     def __init__(self, settings: Settings, launcher: Launcher = LocalChild, clock: Clock = utc_now) -> None:
         self.settings, self.launcher, self.clock = settings, launcher, clock
         self.id = new_id("wrk")
-        self.db, self.storage = Database(settings.resolved_database_url), Storage(settings.resolved_storage_url)
+        self.db = Database(settings.resolved_database_url, settings.database_connections)
+        self.storage = Storage(settings.resolved_storage_url)
         self.grace = timedelta(seconds=settings.delete_grace_seconds)
         self.stop = threading.Event()
         self.steady = Steadiness(clock, settings.lease_seconds)
@@ -122,7 +127,7 @@ class Attempt:
         except Exception as error:
             if not disk_is_full(error):
                 raise
-            self._cancelling = jobs.status_under(self.db, self.lease) == "cancelling"
+            self._cancelling = self._write(jobs.status_under) == "cancelling"
             self._ends = {} if self.supervisor.stop.is_set() else {"error": DISK_FULL}
             self._end(None)
 
@@ -215,7 +220,7 @@ class Attempt:
         with contextlib.suppress(FileNotFoundError):
             try:
                 self._put_all(folder, prefix)
-                jobs.keep_checkpoint(self.db, self.lease, prefix, self._now(), self.supervisor.grace)
+                self._write(jobs.keep_checkpoint, prefix, self._now(), self.supervisor.grace)
             except LeaseLost:
                 if prefix != self._kept:  # else it is where the next attempt goes on from, less what is not whole
                     self.storage.delete(prefix)
@@ -230,7 +235,7 @@ class Attempt:
         def renew() -> None:
             with contextlib.suppress(LeaseLost):
                 while not done.wait(self.settings.lease_seconds / 3):
-                    jobs.renew(self.db, self.lease, self._now(), self.settings.lease_seconds)
+                    self._write(jobs.renew, self._now(), self.settings.lease_seconds)
 
         thread = threading.Thread(target=renew)
         thread.start()
@@ -248,9 +253,9 @@ class Attempt:
         self.supervisor.show_life()
         if now - self._renewed > self.settings.lease_seconds / 3:
             self._renewed = now
-            status = jobs.renew(self.db, self.lease, self._now(), self.settings.lease_seconds)
+            status = self._write(jobs.renew, self._now(), self.settings.lease_seconds)
         else:
-            status = jobs.status_under(self.db, self.lease)
+            status = self._write(jobs.status_under)
         self._cancelling = status == "cancelling"
 
     def _stop_where_due(self, child: Child) -> None:
@@ -269,19 +274,19 @@ class Attempt:
 
     def _end(self, status: int | None) -> None:
         if self._cancelling:
-            jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
+            self._write(jobs.confirm_cancelled, self._now(), self.supervisor.grace)
         elif "result" in self._ends:
             self._publish(self._ends["result"])
         elif "error" in self._ends:
             self._fail(self._ends["error"])
         elif self.supervisor.stop.is_set():
             log.info("the worker is to stop: the job is given back, and goes on when the next one starts")
-            jobs.give_back(self.db, self.lease, self._now(), self.supervisor.grace)
+            self._write(jobs.give_back, self._now(), self.supervisor.grace)
         elif status is not None and (status < 0 or status == os.EX_TEMPFAIL):
             reason = f"its process was ended by signal {-status}" if status < 0 else "its process was told to stop"
             if self._hung:
                 reason = f"its process had said nothing for {self.settings.silence_seconds:g} s and was ended"
-            jobs.lose(self.db, self.lease, reason, self.settings.max_attempts, self._now(), self.supervisor.grace)
+            self._write(jobs.lose, reason, self.settings.max_attempts, self._now(), self.supervisor.grace)
         else:
             log.error("the child failed:\n%s", _last_frames(self.place / "log.txt"))
             self._fail(
@@ -302,11 +307,13 @@ class Attempt:
                 model_id = new_id("mdl")
                 prefixes.append(f"models/{model_id}")
                 models.append(self._put_model(model_id, self.place / made["folder"], made["method"], summary))
-            jobs.publish(self.db, self.lease, artifacts, models, summary, self._now(), self.supervisor.grace)
+            self._write(jobs.publish, artifacts, models, summary, self._now(), self.supervisor.grace)
         except LeaseLost:
+            if self._write(jobs.was_published):
+                return
             for prefix in prefixes:
                 self.storage.delete(prefix)
-            jobs.confirm_cancelled(self.db, self.lease, self._now(), self.supervisor.grace)
+            self._write(jobs.confirm_cancelled, self._now(), self.supervisor.grace)
 
     def _put_model(self, model_id: str, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:
         prefix = f"models/{model_id}"
@@ -336,11 +343,25 @@ class Attempt:
         return stored
 
     def _report(self, **what: Any) -> None:
-        jobs.report(self.db, self.lease, self._now(), **what)
+        self._write(jobs.report, self._now(), **what)
+
+    def _write(self, change: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
+        """One of the queue's verbs, under this lease. A database server that is away is waited for: the child works on.
+
+        Whoever took the job meanwhile is safe from it, as from any write that comes late.
+        """
+        while True:
+            try:
+                return change(self.db, self.lease, *given, **named)
+            except OperationalError as error:
+                if not is_away(error) or self.supervisor.stop.is_set():
+                    raise
+                log.warning("the database does not answer; asking again")
+                self.supervisor.stop.wait(_AWAY_SECONDS)
 
     def _fail(self, error: dict[str, Any]) -> None:
         log.warning("failed: %s", error["code"])
-        jobs.fail(self.db, self.lease, error, self._now(), self.supervisor.grace)
+        self._write(jobs.fail, error, self._now(), self.supervisor.grace)
 
     def _now(self) -> Any:
         return self.supervisor.clock()

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from service.core import errors
 from service.core.errors import AppError, InvalidInput
+from service.db.engine import is_away
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 2
@@ -86,6 +87,9 @@ def crashed(request: Request, error: Exception) -> Response:
     if errors.disk_is_full(error):
         detail = "The service's disk is full; nothing of this call was kept. Delete something, or give it more."
         return problem(request, 507, errors.LowDisk.code, detail)
+    if is_away(error):
+        detail = "The service's database did not answer; nothing of this call was kept. Ask again in a moment."
+        return problem(request, 503, errors.Busy.code, detail)
     locked = getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_BUSY")
     if locked or isinstance(error, NoConnection):
         detail = "The database was being written to all the time that this call waited for it. Ask again in a moment."

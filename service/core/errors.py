@@ -8,13 +8,19 @@ import errno
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+_FULL = "53100"  # PostgreSQL's
+
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether it was, or came of, a full disk or quota; SQLite and safetensors have errors of their own for that."""
+    """Whether it was, or came of, a full disk or quota; databases and safetensors have errors of their own for that."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             return True
-        if getattr(getattr(error, "orig", None), "sqlite_errorname", "") == "SQLITE_FULL":
+        driver_said = getattr(error, "orig", None)
+        if (
+            getattr(driver_said, "sqlite_errorname", "") == "SQLITE_FULL"
+            or getattr(driver_said, "sqlstate", "") == _FULL
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -256,7 +262,7 @@ DISK_FULL = {
 
 
 class Busy(AppError):
-    """The database was being written to for longer than a call waits."""
+    """The database was being written to for longer than a call waits, or cannot be reached at the moment."""
 
     code = "database_busy"
 

@@ -25,6 +25,9 @@ class Settings(BaseSettings):
         Path("data")
     )
     database_url: Annotated[str, Field(description="SQLAlchemy URL; empty means SQLite in the data folder.")] = ""
+    database_connections: Annotated[
+        int, Field(ge=2, description="Most connections to the database that one process opens.")
+    ] = 15
     storage_url: Annotated[str, Field(description="fsspec URL of the artifacts; empty means a folder in data.")] = ""
     models_dir: Annotated[
         Path | None,

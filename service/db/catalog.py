@@ -33,13 +33,14 @@ def newest(
     return rows[:limit], len(rows) > limit
 
 
-def get_dataset(session: Session, dataset_id: str) -> Dataset:
-    return existing(session.get(Dataset, dataset_id), "No dataset has that id. List them with GET /datasets.")
+def get_dataset(session: Session, dataset_id: str, *, lock: bool = False) -> Dataset:
+    dataset = session.get(Dataset, dataset_id, with_for_update=True if lock else None)
+    return existing(dataset, "No dataset has that id. List them with GET /datasets.")
 
 
 def remove_dataset(session: Session, dataset_id: str, now: datetime, grace: timedelta) -> None:
     """Deletes a dataset and every artifact that holds its texts; models and figures stay. Raises Conflict, NotFound."""
-    dataset = get_dataset(session, dataset_id)
+    dataset = get_dataset(session, dataset_id, lock=True)
     waiting = session.scalars(jobs.open_jobs_on(dataset_id).limit(1)).first()
     if waiting is not None:
         raise Conflict(f"{waiting} is still at work on this dataset. Wait for it, or cancel it, then delete.")
@@ -129,7 +130,7 @@ def point_alias(session: Session, alias: str, model_id: str, now: datetime) -> A
 
 def remove_alias(session: Session, alias: str) -> None:
     """Deletes an alias; where it has pointed stays to be read. Raises NotFound."""
-    row = session.get(Alias, alias)
+    row = session.get(Alias, alias, with_for_update=True)
     session.delete(existing(row, "No alias has that name. List them with GET /aliases."))
 
 

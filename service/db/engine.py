@@ -1,40 +1,49 @@
 """Connections, transactions and migrations."""
 
 import fcntl
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.core.errors import NotFound
 
 BUSY_TIMEOUT_SECONDS = 30
+_MIGRATING = 0x74756E65  # PostgreSQL's advisory locks go by number
 Row = TypeVar("Row")
 
 
 class Database:
-    """A database by URL. `read` and `write` are the only ways to a session."""
+    """SQLite or PostgreSQL, by URL. `read` and `write` are the only ways to a session.
+
+    Raises RuntimeError where the URL's driver is not installed, or is for another database.
+    """
 
     writes = 0
     """How many this process has made: whoever remembers what was read looks again once it has grown."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, connections: int = 15) -> None:
         self.url = url
-        # Parameters hold users' texts; they must not stand in an error's message.
-        self.engine = create_engine(url, hide_parameters=True, pool_pre_ping=True)
+        self.engine = engine_of(url, connections)
         if self.engine.dialect.name == "sqlite":
             event.listen(self.engine, "connect", _sqlite_pragmas)
             event.listen(self.engine, "begin", _sqlite_begin)
+            self._reading = self.engine
+        else:
+            event.listen(self.engine, "connect", _postgresql_limits)
+            self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._writing = self.engine.execution_options(writes=True)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that sees one state of the database and changes nothing."""
-        with Session(self.engine, expire_on_commit=False) as session:
+        with Session(self._reading, expire_on_commit=False) as session:
             yield session
 
     @contextmanager
@@ -48,6 +57,53 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def engine_of(url: str, connections: int = 15) -> Engine:
+    """An engine with at most so many connections. Raises RuntimeError, as `Database` does."""
+    found = with_driver(url)
+    try:
+        # Parameters hold users' texts; they must not stand in an error's message.
+        return create_engine(
+            found, hide_parameters=True, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_SECONDS,
+            **({"pool_size": connections, "max_overflow": 0} if found.database else {}),
+        )  # fmt: skip
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"TUNEPROOF_DATABASE_URL needs {error.name}: pip install 'tuneproof[postgres]' brings it."
+        ) from error
+
+
+def with_driver(url: str) -> URL:
+    """The URL, with the driver that is ours where it names none. Raises RuntimeError for databases we do not know."""
+    try:
+        found = make_url(url)
+    except ArgumentError:
+        raise RuntimeError(
+            "TUNEPROOF_DATABASE_URL is no database URL. One looks like postgresql://user:password@host/tuneproof."
+        ) from None
+    if found.drivername in ("postgres", "postgresql"):
+        return found.set(drivername="postgresql+psycopg")
+    if found.get_backend_name() not in ("sqlite", "postgresql"):
+        raise RuntimeError(
+            f"TUNEPROOF_DATABASE_URL: {found.get_backend_name()} is not supported. Take postgresql://user:password@host/"
+            "tuneproof, or leave it empty for SQLite in the data folder."
+        )
+    return found
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether it came of a database server that is down, restarting or overrun: what was asked may do in a moment.
+
+    A SQLite file is never away.
+    """
+    return isinstance(error, OperationalError) and not isinstance(error.orig, sqlite3.Error)
+
+
+def take_turns(session: Session, name: str) -> None:
+    """Until this transaction ends, nobody else gets past here with that name. SQLite's writers take turns anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
 
 
 def existing(row: Row | None, otherwise: str) -> Row:
@@ -107,8 +163,23 @@ def alembic_config(url: str):  # type: ignore[no-untyped-def]
 
 @contextmanager
 def _one_at_a_time(url: str) -> Iterator[None]:
-    file = make_url(url).database
-    if not url.startswith("sqlite") or not file or file == ":memory:":
+    found = with_driver(url)
+    file = found.database
+    if found.get_backend_name() == "postgresql":
+        engine = engine_of(url)
+        try:
+            connection = engine.connect()
+        except OperationalError as error:
+            raise RuntimeError(f"The database of TUNEPROOF_DATABASE_URL cannot be reached: {error.orig}") from error
+        with connection:  # the lock goes with the connection, so with a process that dies
+            connection.execute(text("SELECT pg_advisory_lock(:number)"), {"number": _MIGRATING})
+            try:
+                yield
+            finally:
+                connection.invalidate()
+                engine.dispose()
+        return
+    if not file or file == ":memory:":
         yield
         return
     path = Path(file)
@@ -125,6 +196,13 @@ def _sqlite_pragmas(connection: Any, _record: Any) -> None:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}")
     cursor.close()
+
+
+def _postgresql_limits(connection: Any, _record: Any) -> None:
+    """Nobody waits for a lock for ever, nor holds one after its process has stopped answering."""
+    for name, seconds in (("lock_timeout", BUSY_TIMEOUT_SECONDS), ("idle_in_transaction_session_timeout", 300)):
+        connection.execute(f"SET {name} = '{seconds}s'")
+    connection.commit()
 
 
 def _sqlite_begin(connection: Connection) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from service.core.errors import Conflict, LeaseLost, QueueFull
 from service.core.ids import new_id, new_token
 from service.db import garbage, outbox, tallies
-from service.db.engine import Database, existing
+from service.db.engine import Database, existing, take_turns
 from service.db.models import Artifact, Dataset, Event, Job, Model
 
 Level = Literal["info", "warning", "error"]
@@ -81,7 +81,7 @@ def submit(
 ) -> Job:  # fmt: skip
     """Queues a job; `model_id` is the model it is to predict with. Raises NotFound where its dataset is gone."""
     existing(
-        session.get(Dataset, dataset_id),
+        session.get(Dataset, dataset_id, with_for_update={"read": True}),
         "No dataset has that id. List them with GET /datasets, or upload one with POST /datasets.",
     )
     job = Job(
@@ -203,6 +203,7 @@ def publish(
         job.model_id = next((model.id for model in models if model.method == "lora"), job.model_id)
         name = job.name
         garbage.named(session, [model.storage_prefix for model in models])
+        take_turns(session, f"versions of {name}")
         version = session.scalars(select(func.coalesce(func.max(Model.version), 0)).where(Model.name == name)).one()
         session.add_all(Artifact(job_id=lease.job_id, **asdict(artifact)) for artifact in artifacts)
         session.add_all(
@@ -211,6 +212,15 @@ def publish(
         )
         _end(session, job, "succeeded", "succeeded", now)
         job.eta_seconds = 0.0
+
+
+def was_published(db: Database, lease: Lease) -> bool:
+    """Whether this attempt has published: its commit may have arrived where the answer to it did not."""
+    theirs = select(Artifact.job_id).where(
+        Artifact.job_id == lease.job_id, Artifact.storage_key.startswith(f"{lease.prefix}/", autoescape=True)
+    )
+    with db.read() as session:
+        return session.scalars(theirs.limit(1)).first() is not None
 
 
 def fail(db: Database, lease: Lease, error: dict[str, Any], now: datetime, grace: timedelta) -> None:

@@ -31,6 +31,16 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=value.tzinfo or UTC)
 
 
+class Text(TypeDecorator[str]):
+    """Text. PostgreSQL's holds no NUL, which becomes U+FFFD there: it may be asked for, and finds nothing."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return value.replace("\0", "\ufffd") if value is not None and dialect.name == "postgresql" else value
+
+
 class Base(DeclarativeBase):
     """Constraints are named by rule, so that migrations can name them on every database."""
 
@@ -42,7 +52,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map: ClassVar = {datetime: UtcDateTime, dict[str, Any]: JSON, list[str]: JSON}
+    type_annotation_map: ClassVar = {str: Text, datetime: UtcDateTime, dict[str, Any]: JSON, list[str]: JSON}
 
 
 class Dataset(Base):
@@ -50,10 +60,10 @@ class Dataset(Base):
 
     __tablename__ = "datasets"
 
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(200))
+    id: Mapped[str] = mapped_column(Text(64), primary_key=True)
+    name: Mapped[str] = mapped_column(Text(200))
     created_at: Mapped[datetime]
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(Text(64))
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     storage_key: Mapped[str]
     profile: Mapped[dict[str, Any]]
@@ -69,13 +79,13 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (Index(None, "status", "id"), Index(None, "dataset_id"))
 
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    kind: Mapped[str] = mapped_column(String(16))
-    name: Mapped[str] = mapped_column(String(200))
-    status: Mapped[str] = mapped_column(String(16))
-    stage: Mapped[str | None] = mapped_column(String(16))
-    dataset_id: Mapped[str] = mapped_column(String(64))
-    model_id: Mapped[str | None] = mapped_column(String(64))
+    id: Mapped[str] = mapped_column(Text(64), primary_key=True)
+    kind: Mapped[str] = mapped_column(Text(16))
+    name: Mapped[str] = mapped_column(Text(200))
+    status: Mapped[str] = mapped_column(Text(16))
+    stage: Mapped[str | None] = mapped_column(Text(16))
+    dataset_id: Mapped[str] = mapped_column(Text(64))
+    model_id: Mapped[str | None] = mapped_column(Text(64))
     spec: Mapped[dict[str, Any]]
     job_metadata: Mapped[dict[str, Any]] = mapped_column("metadata")
     summary: Mapped[dict[str, Any] | None]
@@ -85,8 +95,8 @@ class Job(Base):
     eta_seconds: Mapped[float | None]
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
-    worker_id: Mapped[str | None] = mapped_column(String(64))
-    lease_token: Mapped[str | None] = mapped_column(String(64))
+    worker_id: Mapped[str | None] = mapped_column(Text(64))
+    lease_token: Mapped[str | None] = mapped_column(Text(64))
     lease_expires_at: Mapped[datetime | None]
     checkpoint_prefix: Mapped[str | None]
     webhook_url: Mapped[str | None]
@@ -104,8 +114,8 @@ class Event(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[datetime]
-    level: Mapped[str] = mapped_column(String(16))
-    type: Mapped[str] = mapped_column(String(16))
+    level: Mapped[str] = mapped_column(Text(16))
+    type: Mapped[str] = mapped_column(Text(16))
     message: Mapped[str]
     data: Mapped[dict[str, Any]]
 
@@ -116,9 +126,9 @@ class Artifact(Base):
     __tablename__ = "artifacts"
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
-    name: Mapped[str] = mapped_column(String(400), primary_key=True)
+    name: Mapped[str] = mapped_column(Text(400), primary_key=True)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(Text(64))
     storage_key: Mapped[str]
     holds_texts: Mapped[bool]
 
@@ -129,13 +139,13 @@ class Model(Base):
     __tablename__ = "models"
     __table_args__ = (UniqueConstraint("name", "version"),)
 
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(200))
+    id: Mapped[str] = mapped_column(Text(64), primary_key=True)
+    name: Mapped[str] = mapped_column(Text(200))
     version: Mapped[int]
-    method: Mapped[str] = mapped_column(String(32))
-    job_id: Mapped[str] = mapped_column(String(64))
-    base_model: Mapped[str] = mapped_column(String(200))
-    base_revision: Mapped[str] = mapped_column(String(200))
+    method: Mapped[str] = mapped_column(Text(32))
+    job_id: Mapped[str] = mapped_column(Text(64))
+    base_model: Mapped[str] = mapped_column(Text(200))
+    base_revision: Mapped[str] = mapped_column(Text(200))
     labels: Mapped[list[str]]
     metrics: Mapped[dict[str, Any]]
     size_bytes: Mapped[int] = mapped_column(BigInteger)
@@ -150,7 +160,7 @@ class Alias(Base):
 
     __tablename__ = "aliases"
 
-    alias: Mapped[str] = mapped_column(String(64), primary_key=True)
+    alias: Mapped[str] = mapped_column(Text(64), primary_key=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
     updated_at: Mapped[datetime]
     history: Mapped[list["AliasMove"]] = relationship(
@@ -164,8 +174,8 @@ class AliasMove(Base):
     __tablename__ = "alias_moves"
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
-    alias: Mapped[str] = mapped_column(String(64), index=True)
-    model_id: Mapped[str] = mapped_column(String(64))
+    alias: Mapped[str] = mapped_column(Text(64), index=True)
+    model_id: Mapped[str] = mapped_column(Text(64))
     created_at: Mapped[datetime]
 
 
@@ -174,10 +184,10 @@ class ApiKey(Base):
 
     __tablename__ = "api_keys"
 
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    name: Mapped[str] = mapped_column(String(200))
-    scope: Mapped[str] = mapped_column(String(16))
-    secret_sha256: Mapped[str] = mapped_column(String(64), unique=True)
+    id: Mapped[str] = mapped_column(Text(64), primary_key=True)
+    name: Mapped[str] = mapped_column(Text(200))
+    scope: Mapped[str] = mapped_column(Text(16))
+    secret_sha256: Mapped[str] = mapped_column(Text(64), unique=True)
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
@@ -188,7 +198,7 @@ class BrowserSession(Base):
 
     __tablename__ = "sessions"
 
-    token_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    token_sha256: Mapped[str] = mapped_column(Text(64), primary_key=True)
     key_id: Mapped[str] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"))
     expires_at: Mapped[datetime]
 
@@ -198,10 +208,10 @@ class IdempotentAnswer(Base):
 
     __tablename__ = "idempotent_answers"
 
-    caller: Mapped[str] = mapped_column(String(64), primary_key=True)
-    key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
-    request_sha256: Mapped[str] = mapped_column(String(64))
-    token: Mapped[str] = mapped_column(String(64))
+    caller: Mapped[str] = mapped_column(Text(64), primary_key=True)
+    key_sha256: Mapped[str] = mapped_column(Text(64), primary_key=True)
+    request_sha256: Mapped[str] = mapped_column(Text(64))
+    token: Mapped[str] = mapped_column(Text(64))
     created_at: Mapped[datetime]
     taken_until: Mapped[datetime]
     status: Mapped[int | None]
@@ -214,7 +224,7 @@ class Worker(Base):
 
     __tablename__ = "workers"
 
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[str] = mapped_column(Text(64), primary_key=True)
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
 
@@ -224,7 +234,7 @@ class Delivery(Base):
 
     __tablename__ = "deliveries"
 
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[str] = mapped_column(Text(64), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
     url: Mapped[str]
     body: Mapped[str]
@@ -240,9 +250,9 @@ class Tally(Base):
 
     __tablename__ = "tallies"
 
-    what: Mapped[str] = mapped_column(String(16), primary_key=True)
-    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
-    value: Mapped[str] = mapped_column(String(16), primary_key=True)
+    what: Mapped[str] = mapped_column(Text(16), primary_key=True)
+    kind: Mapped[str] = mapped_column(Text(16), primary_key=True)
+    value: Mapped[str] = mapped_column(Text(16), primary_key=True)
     count: Mapped[int] = mapped_column(BigInteger)
     seconds: Mapped[float]
 

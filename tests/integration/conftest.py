@@ -20,7 +20,8 @@ from service.inference.handle import EngineHandle, Scores
 from service.inference.wire import Figures, ServedModel
 from service.main import create_app
 from service.server import Server
-from tests.rows import Steady, StillClock, fresh_database
+from tests.databases import database_url, fresh_database
+from tests.rows import Steady, StillClock
 from tests.waiting import until
 
 LOOPBACK = ("127.0.0.1", 50_000)
@@ -50,7 +51,8 @@ def make_app(data_dir: Path, *, clock: Clock | None = None, fresh: bool = True, 
     data_dir.mkdir(parents=True, exist_ok=True)
     if fresh:
         fresh_database(data_dir).close()
-    app = create_app(Settings(data_dir=data_dir, **{"min_free_bytes": 0} | settings), clock or StillClock())
+    given = {"min_free_bytes": 0, "database_url": database_url(data_dir)} | settings
+    app = create_app(Settings(data_dir=data_dir, **given), clock or StillClock())
     app.state.context.engine = QuietEngine()
     app.state.context.steady = Steady()
     return app

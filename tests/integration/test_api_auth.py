@@ -19,6 +19,7 @@ from service.__main__ import main
 from service.db import catalog
 from service.db.engine import Database
 from service.db.models import ApiKey
+from tests.databases import database_url
 from tests.integration.conftest import ELSEWHERE, api, listening, make_app
 from tests.problems import problem_of
 from tests.rows import START, StillClock
@@ -207,7 +208,7 @@ def test_a_bootstrap_key_is_the_first_admin_key_and_only_the_first(tmp_path: Pat
             problem_of(answer, 404, "not_found")
             other = client.get("/jobs", headers={"authorization": "Bearer another-one"})
             problem_of(other, 401, "unauthorized")
-    db = Database(f"sqlite:///{tmp_path / 'tuneproof.db'}")
+    db = Database(database_url(tmp_path))
     with db.read() as session:
         [key] = session.scalars(select(ApiKey)).all()
     db.close()
@@ -222,7 +223,8 @@ def make_app_on(data_dir: Path, bootstrap_key: str) -> Any:
     from service.main import create_app
     from tests.integration.conftest import QuietEngine
 
-    app = create_app(Settings(data_dir=data_dir, min_free_bytes=0, bootstrap_key=bootstrap_key))  # type: ignore[arg-type]
+    given: Any = {"data_dir": data_dir, "database_url": database_url(data_dir), "min_free_bytes": 0}
+    app = create_app(Settings(bootstrap_key=bootstrap_key, **given))  # type: ignore[arg-type]
     app.state.context.engine = QuietEngine()
     return app
 

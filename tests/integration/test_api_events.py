@@ -23,6 +23,7 @@ from service.api.events import _wants_stream
 from service.db import catalog, jobs
 from service.db.engine import Database
 from service.db.jobs import Lease, Progress
+from tests.databases import database_url
 from tests.integration.conftest import listening, make_app
 from tests.problems import problem_of
 from tests.rows import GRACE, LEASE_SECONDS, START, add_job, claim
@@ -41,7 +42,7 @@ def app(tmp_path: Path) -> FastAPI:
 @pytest.fixture
 def db(app: FastAPI, tmp_path: Path) -> Iterator[Database]:
     """As a worker has it: connections of its own."""
-    database = Database(f"sqlite:///{tmp_path / 'data' / 'tuneproof.db'}")
+    database = Database(database_url(tmp_path / "data"))
     yield database
     database.close()
 

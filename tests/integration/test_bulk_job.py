@@ -24,7 +24,8 @@ from service.ml.adapter import WEIGHTS, save_head
 from service.ml.base_models import EMBEDDED, find_base, locate
 from service.ml.manifest import Manifest
 from tests.adapters import labels, manifest, save_random_adapter
-from tests.rows import GRACE, START, add_job, claim, fresh_database, model, publish_stored
+from tests.databases import fresh_database
+from tests.rows import GRACE, START, add_job, claim, model, publish_stored
 from tests.storing import put_folder
 from tests.tiny import BERT, QWEN3, labelled_texts
 from tests.waiting import until

@@ -25,9 +25,10 @@ from service.main import _round
 from service.storage import Storage
 from tests import chaos
 from tests.chaos import ServerProcess, Uploader, Workers
+from tests.databases import fresh_database
 from tests.integration.conftest import LOOPBACK, make_app
 from tests.problems import problem_of
-from tests.rows import StillClock, add_dataset, add_job, fresh_database, read_job
+from tests.rows import StillClock, add_dataset, add_job, read_job
 from tests.tiny import BERT, labelled_texts
 from tests.waiting import until
 from worker.supervisor import _own_folder

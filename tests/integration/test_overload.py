@@ -22,6 +22,7 @@ from service.api.overload import Pace
 from service.core.errors import RateLimited
 from service.db import catalog, jobs
 from service.db import engine as engine_module
+from tests.databases import sqlite_only
 from tests.integration.conftest import listening, make_app
 from tests.problems import problem_of
 from tests.rows import START, add_dataset, add_job, add_published
@@ -203,6 +204,7 @@ def test_whoever_waits_for_a_job_that_has_ended_needs_no_place(tmp_path: Path) -
         assert client.get(f"/jobs/{job_id}/wait").json()["status"] == "cancelled"
 
 
+@sqlite_only
 def test_a_database_that_somebody_keeps_locked_is_503(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,9 @@ from service.main import create_app
 from service.ml.base_models import find_base, locate
 from service.ml.manifest import Manifest
 from tests.adapters import labels, save_random_adapter, stock_logits
+from tests.databases import fresh_database
 from tests.problems import problem_of
-from tests.rows import GRACE, START, add_job, claim, fresh_database, model, publish_stored
+from tests.rows import GRACE, START, add_job, claim, model, publish_stored
 from tests.storing import put_folder
 from tests.tiny import BERT, DISTILBERT, labelled_texts
 from tests.waiting import until

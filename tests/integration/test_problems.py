@@ -20,6 +20,7 @@ from service.core.errors import AppError
 from service.db import garbage, jobs
 from service.main import _round
 from service.storage import Storage
+from tests.databases import sqlite_only
 from tests.integration.conftest import make_app
 from tests.problems import every_error, problem_of
 from tests.rows import GRACE, StillClock, add_job, add_published, claim
@@ -296,7 +297,7 @@ def test_an_upload_cut_off_between_its_bytes_and_its_row_is_collected(tmp_path: 
         assert not file.exists()
 
 
-@pytest.mark.parametrize("full", ["storage", "database"])
+@pytest.mark.parametrize("full", ["storage", pytest.param("database", marks=sqlite_only)])
 def test_a_disk_that_fills_while_an_upload_is_stored_is_507_and_nothing_is_kept(tmp_path: Any, full: str) -> None:
     app = make_app(tmp_path / "data")
     ctx = app.state.context

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from service.api.recent import SECONDS, Recent
 from service.db import catalog
 from service.db.engine import Database
+from tests.databases import database_url
 from tests.problems import problem_of
 from tests.rows import START, add_published
 
@@ -139,7 +140,7 @@ def test_an_id_is_looked_up_once_until_some_model_is_deleted_by_whatever_process
 
 
 def test_what_was_looked_up_while_somebody_wrote_is_not_kept(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'x.db'}")
+    database = Database(database_url(tmp_path))
     recent = Recent(database, Ticks())
 
     def look() -> str:

@@ -23,10 +23,11 @@ from service.db.engine import Database
 from service.db.jobs import Lease
 from service.db.models import Delivery, Event
 from service.webhooks import MAX_ATTEMPTS, Webhooks, new_client, retry_after
+from tests.databases import fresh_database
 from tests.hook_server import HookServer, hook_server
 from tests.integration.conftest import api
 from tests.problems import problem_of
-from tests.rows import GRACE, LEASE_SECONDS, START, StillClock, add_dataset, add_job, claim, fresh_database
+from tests.rows import GRACE, LEASE_SECONDS, START, StillClock, add_dataset, add_job, claim
 from tests.waiting import until
 
 SECRET = "whsec_" + "c2VjcmV0" * 5

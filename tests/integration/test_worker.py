@@ -26,7 +26,8 @@ from service.db import catalog, garbage, jobs
 from service.db.engine import Database
 from service.db.models import Artifact, Dataset, Event, Garbage, Job, Model
 from service.storage import Storage
-from tests.rows import GRACE, START, Steady, StillClock, add_dataset, add_job, fresh_database, read_job
+from tests.databases import database_url, fresh_database
+from tests.rows import GRACE, START, Steady, StillClock, add_dataset, add_job, read_job
 from tests.tiny import BERT, labelled_texts
 from tests.waiting import until
 from worker import supervisor as supervisor_module
@@ -73,7 +74,8 @@ class Bench:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         fresh_database(folder).close()
-        values: dict[str, Any] = {"data_dir": folder, "lease_seconds": 30, "max_attempts": 3} | settings
+        values: dict[str, Any] = {"data_dir": folder, "lease_seconds": 30, "max_attempts": 3}
+        values |= {"database_url": database_url(folder)} | settings
         self.folder, self.clock = folder, StillClock()
         self.scripts: list[tuple[list[Step], int | None]] = []
         self.children: list[FakeChild] = []

@@ -31,7 +31,8 @@ from service.db.models import Artifact, Dataset, Garbage, Job, Model
 from service.inference.handle import EngineHandle
 from service.main import _round
 from service.storage import Storage
-from tests.rows import StillClock, fresh_database
+from tests.databases import fresh_database
+from tests.rows import StillClock
 from worker import supervisor as supervisor_module
 from worker.supervisor import Supervisor
 

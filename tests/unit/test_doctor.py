@@ -22,7 +22,8 @@ from service.db import catalog
 from service.db.engine import Database, migrate
 from service.doctor import Finding, examine
 from service.ml.base_models import BaseModel, Located
-from tests.rows import START, fresh_database
+from tests.databases import fresh_database
+from tests.rows import START
 from tuneproof import cli
 from tuneproof.commands import server
 

@@ -21,6 +21,7 @@ from service.db import jobs
 from service.db.engine import Database
 from service.db.jobs import Lease, Progress
 from service.db.models import Artifact, Event, Garbage, Job, Model
+from tests.databases import fresh_database
 from tests.rows import (
     GRACE,
     LEASE_SECONDS,
@@ -29,7 +30,6 @@ from tests.rows import (
     add_job,
     artifact,
     claim,
-    fresh_database,
     model,
     publish_stored,
     read_job,

@@ -14,13 +14,14 @@ from service.__main__ import main
 from service.db import catalog
 from service.db.engine import Database, alembic_config, migrate
 from service.db.models import Base, Dataset
+from tests.databases import database_url, sqlite_only
 from tests.rows import GRACE, START, add_job, artifact, claim, model, publish_stored
 from worker.__main__ import main as worker
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'tuneproof.db'}"
+    return database_url(tmp_path)
 
 
 def tables(url: str) -> set[str]:
@@ -98,7 +99,8 @@ def rows(url: str) -> dict[str, list[dict[str, object]]]:
             table.name: [dict(row) for row in session.execute(sa.select(table)).mappings()]
             for table in reflected(db).sorted_tables if table.name != "alembic_version"
         }  # fmt: skip
-        assert session.execute(sa.text("PRAGMA foreign_key_check")).all() == []
+        if session.get_bind().dialect.name == "sqlite":  # which lets batches break them
+            assert session.execute(sa.text("PRAGMA foreign_key_check")).all() == []
     db.close()
     return found
 
@@ -152,6 +154,7 @@ def test_a_database_of_a_newer_tuneproof_is_refused_and_left_alone(
     with pytest.raises(RuntimeError, match="newer tuneproof"):
         migrate(url)
     monkeypatch.setenv("TUNEPROOF_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TUNEPROOF_DATABASE_URL", url)
     assert main(["migrate"]) == 2
     assert "Install that version" in capsys.readouterr().err
     for refused in (["serve", "--port", "0"], ["keys", "list"], ["keys", "create", "--name", "a", "--scope", "read"]):
@@ -163,7 +166,6 @@ def test_a_database_of_a_newer_tuneproof_is_refused_and_left_alone(
     assert found["level"] == "warn"
     assert "is at revision 9999; this version needs" in found["found"]
     assert "if a newer tuneproof wrote it, install that one" in found["todo"]
-    monkeypatch.setenv("TUNEPROOF_DATABASE_URL", url)
     assert worker() == 2
     assert "Install that version" in capsys.readouterr().err
     assert tables(url) == set(Base.metadata.tables)
@@ -179,8 +181,9 @@ def test_processes_that_migrate_at_once_take_turns(url: str) -> None:
     assert tables(url) == set(Base.metadata.tables)
 
 
+@sqlite_only
 def test_odd_characters_in_the_path_are_no_trouble(tmp_path: Path) -> None:
     folder = tmp_path / "100% new folder, ünïcödé"
-    url = f"sqlite:///{folder / 'tuneproof.db'}"
+    url = database_url(folder)
     migrate(url)
     assert tables(url) == set(Base.metadata.tables)

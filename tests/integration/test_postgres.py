@@ -1,0 +1,238 @@
+"""What only a PostgreSQL server can show: writers side by side, and a server that goes away and comes back."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from psycopg import connect
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
+
+import worker.supervisor as supervisor_module
+from service.__main__ import main
+from service.core.errors import AppError, Conflict, NotFound
+from service.db import catalog, jobs
+from service.db.engine import Database, migrate
+from service.db.models import ApiKey, Dataset, Job, Model
+from tests.databases import Server, address
+from tests.integration.conftest import LOOPBACK, make_app
+from tests.integration.test_worker import RESULT, Bench, leaves, progress
+from tests.problems import problem_of
+from tests.rows import GRACE, START, Steady, add_dataset, add_job, artifact, claim, model, publish_stored, read_job
+
+pytestmark = pytest.mark.more
+AT_ONCE = 8
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def url(server: Server, request: pytest.FixtureRequest) -> str:
+    """Of a new database without tables."""
+    name = f"t_{sha256(request.node.nodeid.encode()).hexdigest()[:24]}"
+    with connect(address(server.folder), autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+    return address(server.folder, name)
+
+
+@pytest.fixture
+def db(url: str) -> Iterator[Database]:
+    migrate(url)
+    database = Database(url, AT_ONCE + 2)
+    yield database
+    database.close()
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What each gives or raises, all begun in the same moment."""
+    gate = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        gate.wait(20)
+        try:
+            return call()
+        except AppError as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+# Side by side -------------------------------------------------------------------------------------
+def test_jobs_of_one_name_that_are_published_at_once_get_a_version_each(db: Database) -> None:
+    leases = []
+    for _ in range(AT_ONCE):
+        add_job(db)
+        leases.append(claim(db).lease)
+
+    def publish(lease: jobs.Lease) -> None:
+        publish_stored(db, lease, [artifact("metrics.json", lease.prefix)], [model()], {}, START, GRACE)
+
+    assert at_once(*(lambda lease=lease: publish(lease) for lease in leases)) == [None] * AT_ONCE  # type: ignore[misc]
+    with db.read() as session:
+        assert sorted(session.scalars(select(Model.version))) == list(range(1, AT_ONCE + 1))
+
+
+def test_a_dataset_and_a_job_on_it_are_never_deleted_and_queued_at_once(db: Database) -> None:
+    def delete(dataset_id: str) -> None:
+        with db.write() as session:
+            catalog.remove_dataset(session, dataset_id, START, GRACE)
+
+    outcomes = set()
+    for _ in range(20):
+        dataset_id = add_dataset(db)
+        deleted, queued = at_once(lambda: delete(dataset_id), lambda: add_job(db, dataset_id))  # noqa: B023
+        outcomes.add((type(deleted), type(queued)))
+        with db.read() as session:
+            there = session.get(Dataset, dataset_id) is not None
+            waiting = bool(session.scalars(jobs.open_jobs_on(dataset_id)).all())
+        assert there == waiting
+    assert outcomes <= {(type(None), NotFound), (Conflict, str)}
+
+
+@pytest.mark.parametrize("what", ["dataset", "job", "alias"])
+def test_of_two_that_delete_the_same_at_once_one_is_told_that_it_is_gone(db: Database, what: str) -> None:
+    def delete(name: str) -> None:
+        with db.write() as session:
+            if what == "dataset":
+                catalog.remove_dataset(session, name, START, GRACE)
+            elif what == "job":
+                jobs.remove(session, name, START, GRACE)
+            else:
+                catalog.remove_alias(session, name)
+
+    made = model()
+    add_job(db)
+    publish_stored(db, claim(db).lease, [], [made], {}, START, GRACE)
+    for _ in range(10):
+        job_id = add_job(db)
+        with db.write() as session:
+            jobs.cancel(session, job_id, START)
+            catalog.point_alias(session, "live", made.id, START)
+        name = {"dataset": add_dataset(db), "job": job_id, "alias": "live"}[what]
+        found = at_once(lambda: delete(name), lambda: delete(name))  # noqa: B023
+        assert sorted(type(one).__name__ for one in found) == ["NoneType", "NotFound"]
+
+
+def test_processes_that_start_at_once_with_a_first_key_make_one(tmp_path: Path, url: str) -> None:
+    made = [
+        make_app(tmp_path / str(i), fresh=False, database_url=url, bootstrap_key="a-first-key-for-containers")
+        for i in range(3)
+    ]
+
+    def start(app: Any) -> int:
+        with TestClient(app, client=LOOPBACK) as client:
+            headers = {"authorization": "Bearer a-first-key-for-containers"}
+            return client.get("/keys", headers=headers).status_code
+
+    assert at_once(*(lambda app=app: start(app) for app in made)) == [200] * 3  # type: ignore[misc]
+    database = Database(url)
+    with database.read() as session:
+        assert len(session.scalars(select(ApiKey)).all()) == 1
+    database.close()
+
+
+def test_a_reader_sees_one_state_and_changes_nothing(db: Database) -> None:
+    job_id = add_job(db)
+    with db.read() as session:
+        before = session.scalars(select(Job.status)).one()
+        claim(db)
+        assert session.scalars(select(Job.status)).one() == before == "queued"
+        session.get_one(Job, job_id).name = "changed"
+        with pytest.raises(Exception, match="read-only transaction"):
+            session.flush()
+    assert read_job(db, job_id).status == "running"
+
+
+# Away and back ------------------------------------------------------------------------------------
+class Bounced:
+    """A step of a child's script: the server crashes, and is there again when `supervisor` has asked in vain."""
+
+    def __init__(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.server, self.asked = server, 0
+        monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 0.0)
+        monkeypatch.setattr(supervisor_module, "is_away", self._is_away)
+
+    def __call__(self, _child: Any) -> None:
+        self.server.stop("immediate")
+
+    def _is_away(self, error: BaseException) -> bool:
+        assert isinstance(error, OperationalError)
+        self.asked += 1
+        if self.asked == 2:
+            self.server.start()
+        return True
+
+
+@pytest.mark.parametrize("at", ["in the middle", "at the end"])
+def test_an_attempt_outlives_its_database_server(
+    tmp_path: Path, server: Server, url: str, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    migrate(url)
+    bench = Bench(tmp_path, database_url=url)
+    bounced = Bounced(server, monkeypatch)
+    steps: list[Any] = [progress("train", 0.5), bounced, progress("train", 0.6), leaves(), RESULT]
+    if at == "at the end":
+        steps = [progress("train", 0.5), leaves(), RESULT, bounced]
+    job = bench.attempt(*steps)
+    assert (job.status, job.attempt, job.failures) == ("succeeded", 1, 0)
+    assert bounced.asked >= 2
+    assert len(bench.rows(Model)) == 1
+    bench.db.close()
+
+
+def test_an_attempt_whose_commit_arrived_and_whose_answer_did_not_keeps_what_it_published(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrate(url)
+    bench, real = Bench(tmp_path, database_url=url), jobs.publish
+
+    def publish(*given: Any) -> None:
+        real(*given)
+        monkeypatch.setattr(jobs, "publish", real)
+        raise OperationalError("COMMIT", None, Exception("server closed the connection unexpectedly"))
+
+    monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "publish", publish)
+    job = bench.attempt(leaves(), RESULT)
+    assert job.status == "succeeded"
+    [made] = bench.rows(Model)
+    assert b"".join(bench.storage.chunks(f"{made.storage_prefix}/manifest.json"))
+    bench.db.close()
+
+
+def test_while_the_server_is_away_calls_are_503_and_then_they_are_answered_again(
+    tmp_path: Path, server: Server, url: str
+) -> None:
+    app = make_app(tmp_path, fresh=False, database_url=url)
+    app.state.context.steady = Steady()
+    with TestClient(app, client=LOOPBACK) as client:
+        assert client.get("/jobs").status_code == 200
+        server.stop("immediate")
+        problem_of(client.get("/jobs"), 503, "database_busy")
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").status_code == 200
+        server.start()
+        assert client.get("/jobs").status_code == 200
+
+
+def test_a_server_that_cannot_be_reached_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TUNEPROOF_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TUNEPROOF_DATABASE_URL", f"postgresql://me:secret@/tuneproof?host={tmp_path}")
+    assert main(["migrate"]) == 2
+    said = capsys.readouterr().err
+    assert "TUNEPROOF_DATABASE_URL cannot be reached" in said
+    assert "secret" not in said
+    assert "Traceback" not in said
