@@ -1,6 +1,7 @@
 """What every test may ask for. No test reaches a network or a model hub."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports them: the hub client reads its mode once, and the rest would print and warn.
@@ -37,3 +38,12 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threadpool_limits(1)
     logging.disable_progress_bar()
     return build_all(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """An empty bucket of a server that speaks S3's protocol; the environment names it to this process's clients."""
+    from tests.s3_server import make_bucket, s3_server
+
+    with s3_server():
+        yield make_bucket("tuneproof-tests")

@@ -33,6 +33,7 @@ STATUS: dict[type[AppError], int] = {
     errors.RateLimited: 429,
     errors.TooManyStreams: 503,
     errors.Busy: 503,
+    errors.StorageUnavailable: 503,
     errors.StillAnswering: 503,
     errors.EngineUnavailable: 503,
     errors.BaseLoading: 503,

@@ -261,6 +261,12 @@ DISK_FULL = {
 """How a job ends by it."""
 
 
+class StorageUnavailable(AppError, OSError):
+    """The object store with the files does not answer."""
+
+    code = "storage_unavailable"
+
+
 class Busy(AppError):
     """The database was being written to for longer than a call waits, or cannot be reached at the moment."""
 

@@ -13,7 +13,14 @@ from typing import IO, Any, TextIO
 
 import fsspec
 
+from service.core.errors import StorageUnavailable
+
 _CHUNK = 1 << 20
+# Of the clients that keep listings and read far ahead: others write too, and most files are smaller than that.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"use_listings_cache": False, "default_block_size": 8 << 20, "skip_instance_cache": True},
+}
+_CLIENTS = {"botocore", "aiohttp", "fsspec"}
 _KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 
@@ -38,10 +45,19 @@ class StoredText:
 
 
 class Storage:
-    """A folder or bucket, by fsspec URL."""
+    """A folder or bucket, by fsspec URL.
+
+    Raises RuntimeError where the URL's client is not installed. Whatever reads or writes raises StorageUnavailable, an
+    OSError, while an object store does not answer.
+    """
 
     def __init__(self, url: str) -> None:
-        fs, root = fsspec.url_to_fs(url)
+        try:
+            fs, root = fsspec.url_to_fs(url, **_OPTIONS.get(url.partition("://")[0], {}))
+        except ImportError as error:
+            raise RuntimeError(f"TUNEPROOF_STORAGE_URL: {error}. For s3://: pip install 'tuneproof[s3]'.") from error
+        except ValueError as error:
+            raise RuntimeError(f"TUNEPROOF_STORAGE_URL: {error}. Take s3://bucket/prefix or file:///folder.") from error
         self._fs: Any = fs
         self._root: str = root.rstrip("/")
         self._local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
@@ -49,18 +65,22 @@ class Storage:
     def put(self, source: IO[bytes], key: str) -> Stored:
         """Copies a stream to a new key; when this returns, the bytes are on the disk or in the bucket, verified.
 
-        Where it fails, nothing is left.
+        Where it fails, nothing is left. Raises FileExistsError where an object store has other bytes under that key.
         """
         path = self._path(key)
         try:
-            return self._write(source, path, key)
+            with _reaching():
+                return self._write(source, path, key)
+        except FileExistsError:
+            raise
         except BaseException:
             with contextlib.suppress(OSError):
                 self.delete(key)
             raise
 
     def open(self, key: str) -> IO[bytes]:
-        stream: IO[bytes] = self._fs.open(self._path(key), "rb")
+        with _reaching():
+            stream: IO[bytes] = self._fs.open(self._path(key), "rb")
         return stream
 
     def chunks(self, key: str, start: int = 0, size: int | None = None) -> Iterator[bytes]:
@@ -68,7 +88,7 @@ class Storage:
         return self._read(self.open(key), start, size)
 
     def _read(self, opened: IO[bytes], start: int, size: int | None) -> Iterator[bytes]:
-        with opened as stream:
+        with _reaching(), opened as stream:
             stream.seek(start)
             left = size
             while left is None or left > 0:
@@ -92,54 +112,103 @@ class Storage:
             yield Path(self._path(prefix))
             return
         with tempfile.TemporaryDirectory(prefix="tuneproof-") as copies:
-            for name in names:
-                self.fetch(f"{prefix}/{name}", Path(copies) / name)
+            with _reaching():  # side by side: a model is some five small files and a larger one
+                wanted = {self._path(f"{prefix}/{name}"): f"{copies}/{name}" for name in names}
+                self._fs.get(list(wanted), list(wanted.values()))
             yield Path(copies)
 
     def fetch_folder(self, prefix: str, target: Path) -> None:
         """Copies every file under `prefix` out."""
         root = self._path(prefix)
-        for path in self._fs.find(root):
+        with _reaching():
+            found = self._fs.find(root)
+        for path in found:
             name = path[len(root) :].lstrip("/")
             self.fetch(f"{prefix}/{name}", target / name)
 
     def delete(self, prefix: str) -> None:
         """Deletes a key or everything below it; what is not there is no error."""
         path = self._path(prefix)
-        while self._fs.exists(path):  # where somebody else deletes it too, `rm` stops at what is gone already
-            with contextlib.suppress(FileNotFoundError):
-                self._fs.rm(path, recursive=True)
+        with _reaching():
+            while self._fs.exists(path):  # where somebody else deletes it too, `rm` stops at what is gone already
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm(path, recursive=True)
+
+    def link(self, key: str, seconds: int, **answered: str) -> str | None:
+        """A URL that gives this file to whoever has it, for so long; None where the storage signs none.
+
+        `answered` are headers that the store is to answer with, by S3's names (`ResponseContentType`).
+        """
+        if not hasattr(self._fs, "url"):
+            return None
+        with _reaching():
+            return str(self._fs.url(self._path(key), expires=seconds, **answered))
 
     def probe(self) -> None:
         """Raises OSError where the storage cannot be reached."""
         if self._local:
             Path(self._root).mkdir(parents=True, exist_ok=True)
-        # An object store knows no empty folder: one that answers so can be reached.
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.ls(self._root)
+        with _reaching():
+            try:
+                self._fs.ls(self._root)
+            except FileNotFoundError:  # an object store knows no empty folder, but a bucket is there or not
+                if "s3" in self._fs.protocol and not self._fs.exists(self._root.partition("/")[0]):
+                    raise
 
     def _write(self, source: IO[bytes], path: str, key: str) -> Stored:
         if self._local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
-        with self._fs.open(path, "wb") as target:
-            while chunk := source.read(_CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-                target.write(chunk)
-            if self._local:
-                target.flush()
-                os.fsync(target.fileno())
+        try:
+            with self._new(path) as target:
+                while chunk := source.read(_CHUNK):
+                    digest.update(chunk)
+                    size += len(chunk)
+                    target.write(chunk)
+                if self._local:
+                    target.flush()
+                    os.fsync(target.fileno())
+        except FileExistsError:
+            # A client that lost the answer sends again, and finds its own bytes there.
+            if hashlib.sha256(b"".join(self.chunks(key))).digest() != digest.digest():
+                raise
         if self._local:
             _sync_folders(Path(path).parent, Path(self._root))
         elif self._fs.info(path)["size"] != size:
             raise OSError(f"{key} was not stored whole")
         return Stored(key, size, digest.hexdigest())
 
+    @contextlib.contextmanager
+    def _new(self, path: str) -> Iterator[Any]:
+        """A file to be written; in an object store it appears whole, in nothing's place, or not at all."""
+        if self._local:
+            with self._fs.open(path, "wb") as target:
+                yield target
+            return
+        target = self._fs.open(path, "xb")
+        try:
+            yield target
+            target.close()
+        except BaseException:
+            target.forced = True  # for fsspec's `close`, which would store what there is so far
+            target.discard()
+            raise
+
     def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key) or not {".", ".."}.isdisjoint(key.split("/")):
             raise ValueError("not a storage key")
         return f"{self._root}/{key}"
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+    """What the clients of object stores raise of their own, as the one error that callers know."""
+    try:
+        yield
+    except Exception as error:
+        if not _CLIENTS.isdisjoint(kind.__module__.partition(".")[0] for kind in type(error).__mro__):
+            raise StorageUnavailable("The storage does not answer. Ask again in a moment.") from error
+        raise
 
 
 def _sync_folders(folder: Path, root: Path) -> None:

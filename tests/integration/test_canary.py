@@ -22,7 +22,7 @@ import alembic.config  # noqa: F401 -- it keeps the stdout that it is first impo
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 
 from service.api import datasets, preflight
 from service.api.recent import Recent
@@ -274,7 +274,7 @@ def test_nothing_that_is_sent_to_any_route_is_heard_elsewhere(stage: Stage, hear
 
 def of_the_database(patch: pytest.MonkeyPatch, stage: Stage) -> None:
     def lost(*_: Any) -> Any:
-        raise OperationalError(SONG, {"text": SONG}, Exception(SONG))
+        raise DatabaseError(SONG, {"text": SONG}, Exception(SONG))
 
     held_back(stage.as_other(), (CANARY,))  # whose key it is, and which model, is known by now
     patch.setattr(Recent, "held", lambda self, name, _stamp=None: self._held.get(name, (None,))[0])
@@ -426,7 +426,7 @@ def test_a_worker_that_stumbles_says_where_alone(heard: Heard, tmp_path: Path) -
 
     def stumble(_folder: Path) -> Any:
         bench.supervisor.stop.set()
-        raise OperationalError(SONG, {}, Exception(SONG))
+        raise DatabaseError(SONG, {}, Exception(SONG))
 
     bench.supervisor.launcher = stumble
     bench.supervisor.run()

@@ -1,23 +1,31 @@
 """Bytes in and out, by keys that are ours alone, in a folder and in memory."""
 
+import gc
 import hashlib
 import io
 import os
+import socket
 import uuid
 from pathlib import Path
+from typing import Any
 
+import boto3
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.core.errors import StorageUnavailable
 from service.storage import Storage
 from tests.storing import put_folder
 
 BYTES = bytes(range(256)) * 10
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "s3":
+        return Storage(f"s3://{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}/here")
     return Storage(f"file://{tmp_path / 'storage'}" if request.param == "file" else f"memory://{uuid.uuid4().hex}/here")
 
 
@@ -189,3 +197,95 @@ def test_what_two_delete_at_once_is_gone_when_either_returns(storage: Storage, m
 def test_a_key_that_is_gone_is_told_before_the_first_byte_is_asked_for(storage: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         storage.chunks("jobs/1/a")
+
+
+# A bucket -----------------------------------------------------------------------------------------
+@pytest.fixture
+def s3(bucket: str) -> Any:
+    """A client of somebody else's, for the same bucket."""
+    return boto3.client("s3")
+
+
+@pytest.fixture
+def in_s3(bucket: str) -> Storage:
+    return Storage(f"s3://{bucket}/{uuid.uuid4().hex}")
+
+
+def test_a_large_file_goes_up_in_parts_that_the_server_checks(in_s3: Storage, s3: Any, bucket: str) -> None:
+    content = os.urandom((20 << 20) + 1)
+    stored = in_s3.put(io.BytesIO(content), "datasets/d/file")
+    assert stored.sha256 == hashlib.sha256(content).hexdigest()
+    found = s3.head_object(Bucket=bucket, Key=f"{in_s3._root.partition('/')[2]}/datasets/d/file")
+    assert found["ETag"].strip('"').endswith("-3")
+    assert b"".join(in_s3.chunks(stored.key)) == content
+    assert b"".join(in_s3.chunks(stored.key, (16 << 20) - 5, 10)) == content[(16 << 20) - 5 : (16 << 20) + 5]
+
+
+@pytest.mark.parametrize("size", [10, (20 << 20) + 1], ids=["at once", "in parts"])
+def test_what_is_there_is_never_overwritten_and_the_same_bytes_once_more_are_no_error(
+    in_s3: Storage, size: int
+) -> None:
+    first = os.urandom(size)
+    put(in_s3, "jobs/1/a", first)
+    with pytest.raises(FileExistsError):
+        put(in_s3, "jobs/1/a", os.urandom(size))
+    assert b"".join(in_s3.chunks("jobs/1/a")) == first
+    put(in_s3, "jobs/1/a", first)
+
+
+def test_an_upload_that_breaks_after_its_first_parts_leaves_none_of_them(in_s3: Storage, s3: Any, bucket: str) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() > 18 << 20:
+                raise OSError("the upload was cut off")
+            return super().read(size)
+
+    with pytest.raises(OSError, match="cut off"):
+        in_s3.put(Broken(bytes(20 << 20)), "datasets/d/file")
+    gc.collect()
+    with pytest.raises(FileNotFoundError):
+        in_s3.open("datasets/d/file")
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket=bucket)
+
+
+def test_what_others_write_and_delete_is_seen_at_once(in_s3: Storage, s3: Any, bucket: str) -> None:
+    root = in_s3._root.partition("/")[2]
+    in_s3.delete("jobs/1")
+    s3.put_object(Bucket=bucket, Key=f"{root}/jobs/1/a", Body=BYTES)
+    assert b"".join(in_s3.chunks("jobs/1/a")) == BYTES
+    s3.put_object(Bucket=bucket, Key=f"{root}/jobs/1/b", Body=BYTES)
+    in_s3.delete("jobs/1")
+    assert "Contents" not in s3.list_objects_v2(Bucket=bucket, Prefix=root)
+
+
+def test_a_link_gives_the_file_to_whoever_has_it(in_s3: Storage, storage: Storage) -> None:
+    put(in_s3, "jobs/1/a")
+    link = in_s3.link("jobs/1/a", 60, ResponseContentType="text/csv")
+    assert link is not None
+    answer = httpx.get(link)
+    assert (answer.content, answer.headers["content-type"]) == (BYTES, "text/csv")
+    if "s3" not in storage._fs.protocol:
+        assert storage.link("jobs/1/a", 60) is None
+
+
+def test_an_object_store_that_is_away_is_told_as_such_and_a_bucket_that_is_not_there_too(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        Storage("s3://no-such-bucket/here").probe()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{taken.getsockname()[1]}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    away = Storage(f"s3://{bucket}/here")
+    for ask in (
+        lambda: put(away, "a"), lambda: away.open("a"), lambda: away.delete("a"), away.probe,
+        lambda: away.fetch_folder("a", Path("/nowhere")), lambda: away.folder("a", ["b"]).__enter__(),
+    ):  # fmt: skip
+        with pytest.raises(StorageUnavailable) as caught:
+            ask()
+        assert isinstance(caught.value, OSError)
+
+
+def test_a_url_that_nothing_serves_is_one_line() -> None:
+    with pytest.raises(RuntimeError, match=r"TUNEPROOF_STORAGE_URL.*s3://bucket"):
+        Storage("nothing://here")
