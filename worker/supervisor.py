@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 from service.core import logs
 from service.core.clock import Clock, Steadiness, utc_now
 from service.core.endpoints import endpoint_name
-from service.core.errors import DISK_FULL, LeaseLost, disk_is_full
+from service.core.errors import DISK_FULL, LeaseLost, StorageUnavailable, disk_is_full
 from service.core.ids import new_id
 from service.core.settings import Settings
 from service.db import catalog, garbage, jobs
@@ -144,7 +144,7 @@ class Attempt:
             raise LeaseLost("the job has ended")
         self.place.mkdir(parents=True)
         with self._renewing():
-            self._fetch(dataset, model)
+            self._patiently(self._fetch, dataset, model)
         self._write_job(dataset)
 
     def _fetch(self, dataset: Dataset, model: Model | None) -> None:
@@ -317,7 +317,7 @@ class Attempt:
 
     def _put_model(self, model_id: str, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:
         prefix = f"models/{model_id}"
-        garbage.announce(self.db, prefix, self._now())
+        self._patiently(garbage.announce, self.db, prefix, self._now())
         stored = self._put_all(folder, prefix)
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         figures = summary["methods"][method]
@@ -336,27 +336,35 @@ class Attempt:
             name = file.relative_to(folder).as_posix()
             key = f"{prefix}/{name}"
             if key not in self._stored:
-                with file.open("rb") as stream, self._renewing():
-                    self._stored[key] = self.storage.put(stream, key)
+                with self._renewing():
+                    self._stored[key] = self._patiently(self._put, file, key)
                 self._keep_lease()
             stored.append((name, self._stored[key]))
         return stored
+
+    def _put(self, file: Path, key: str) -> Stored:
+        with file.open("rb") as stream:
+            return self.storage.put(stream, key)
 
     def _report(self, **what: Any) -> None:
         self._write(jobs.report, self._now(), **what)
 
     def _write(self, change: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
-        """One of the queue's verbs, under this lease. A database server that is away is waited for: the child works on.
+        """One of the queue's verbs, under this lease."""
+        return self._patiently(change, self.db, self.lease, *given, **named)
 
-        Whoever took the job meanwhile is safe from it, as from any write that comes late.
+    def _patiently(self, ask: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
+        """What it gives. A server that is away is waited for: the child works on meanwhile.
+
+        Whoever took the job since is safe from it, as from any write that comes late.
         """
         while True:
             try:
-                return change(self.db, self.lease, *given, **named)
-            except OperationalError as error:
-                if not is_away(error) or self.supervisor.stop.is_set():
+                return ask(*given, **named)
+            except (OperationalError, StorageUnavailable) as error:
+                if self.supervisor.stop.is_set() or not (isinstance(error, StorageUnavailable) or is_away(error)):
                     raise
-                log.warning("the database does not answer; asking again")
+                log.warning("the database or the storage does not answer; asking again")
                 self.supervisor.stop.wait(_AWAY_SECONDS)
 
     def _fail(self, error: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import RedirectResponse, StreamingResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
@@ -32,6 +32,7 @@ router = APIRouter(tags=["jobs"])
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 _MAX_SPEC_BYTES = 1 << 20
 _SECONDS_BETWEEN_LOOKS = 0.25
+_LINK_SECONDS = 900
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 _TYPES = {
     ".json": "application/json", ".csv": "text/csv; charset=utf-8", ".html": "text/html; charset=utf-8",
@@ -132,8 +133,9 @@ def get_report(request: Request, ctx: Ctx, job_id: str) -> Response:
 
 @router.get("/jobs/{job_id}/artifacts/{name:path}", response_class=Response)
 def get_artifact(
-    request: Request, ctx: Ctx, job_id: str, name: str, safe: Literal["spreadsheet"] | None = None
-) -> Response:
+    request: Request, ctx: Ctx, job_id: str, name: str, safe: Literal["spreadsheet"] | None = None,
+    redirect: Annotated[bool, Query(description="Where the storage signs links, answer with one (307).")] = False,
+) -> Response:  # fmt: skip
     """One file, or a range of its bytes; a CSV also with no cell that a spreadsheet would take for a formula."""
     artifact = artifact_of(ctx, job_id, name)
     headers = {"Accept-Ranges": "bytes", "ETag": f'"{artifact.sha256}"', **_PAGE_HEADERS}
@@ -141,6 +143,8 @@ def get_artifact(
     media_type = _TYPES.get(suffix, "application/octet-stream")
     if safe is not None:
         return _inert(ctx, artifact, suffix, media_type)
+    if redirect and (link := _link(ctx, artifact, media_type)) is not None:
+        return RedirectResponse(link, headers={"Cache-Control": "no-store"})
     start, size, status = 0, artifact.size_bytes, 200
     asked = request.headers.get("range")
     if asked is not None and request.headers.get("if-range", headers["ETag"]) == headers["ETag"]:
@@ -154,6 +158,13 @@ def get_artifact(
     except FileNotFoundError:
         raise NotFound("The file has just been deleted.") from None
     return StreamingResponse(chunks, status, headers, media_type)
+
+
+def _link(ctx: Context, artifact: Artifact, media_type: str) -> str | None:
+    """It opens the file to whoever has it, so for a short while; a report's page is saved, not shown as the store's."""
+    name = artifact.name.rpartition("/")[2]
+    saved = {"ResponseContentType": media_type, "ResponseContentDisposition": f'attachment; filename="{name}"'}
+    return ctx.storage.link(artifact.storage_key, _LINK_SECONDS, **saved)
 
 
 def _inert(ctx: Context, artifact: Artifact, suffix: str, media_type: str) -> Response:
