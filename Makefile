@@ -30,10 +30,10 @@ test: setup ## The tests, in under five minutes on two cores
 
 test-more: setup ## What is heavier, or needs servers or browsers
 	$(BIN)/pytest -n 2 --dist loadfile -m more
-	TUNEPROOF_TEST_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS)
+	TEST_ON_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS)
 
 test-scale: setup ## The database's tests on PostgreSQL, and what takes several machines, in small
-	TUNEPROOF_TEST_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS) $(DATABASE_TESTS)
+	TEST_ON_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS) $(DATABASE_TESTS)
 	$(BIN)/pytest -m scale -s
 
 test-gpu: setup ## What needs a CUDA GPU

@@ -1,4 +1,4 @@
-"""Where a test's database is: a SQLite file, or, with TUNEPROOF_TEST_POSTGRES=new, a real PostgreSQL."""
+"""Where a test's database is: a SQLite file, or, with TEST_ON_POSTGRES=new, a real PostgreSQL."""
 
 import atexit
 import functools
@@ -17,7 +17,7 @@ from sqlalchemy import event
 from service.db.engine import Database, migrate
 
 # "new" until this process has started its server; then the folder of its socket.
-_VARIABLE = "TUNEPROOF_TEST_POSTGRES"
+_VARIABLE = "TEST_ON_POSTGRES"
 on_postgres = _VARIABLE in os.environ
 sqlite_only = pytest.mark.skipif(on_postgres, reason="is about SQLite")
 _KEPT = 8  # databases that a test may still come back to
