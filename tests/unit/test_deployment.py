@@ -4,6 +4,7 @@ import itertools
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,19 @@ def test_ci_runs_the_checks_and_all_the_tests() -> None:
 def test_the_licence_is_the_one_declared(project: dict[str, Any]) -> None:
     assert project["project"]["license"] == "Apache-2.0"
     assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+def test_one_machine_loads_nothing_of_what_several_need(tmp_path: Path) -> None:
+    program = """if True:
+        import sys
+        from service.core.settings import Settings
+        from service.main import create_app
+        from worker.supervisor import Supervisor
+        settings = Settings()
+        create_app(settings), Supervisor(settings)
+        print(*{name.partition(".")[0] for name in sys.modules})
+    """
+    env = os.environ | {"TUNEPROOF_DATA_DIR": str(tmp_path)}
+    loaded = set(subprocess.check_output([sys.executable, "-c", program], env=env, text=True).split())
+    assert {"service", "worker", "sqlalchemy"} <= loaded
+    assert not loaded & {"psycopg", "s3fs", "aiobotocore", "botocore", "boto3", "moto", "ray", "pyarrow"}
