@@ -99,10 +99,28 @@ class Settings(BaseSettings):
         float, Field(gt=0, description="A job's process that says nothing for so long has hung; its attempt is lost.")
     ] = 3600.0
     poll_seconds: Annotated[float, Field(gt=0, le=60, description="How often an idle worker asks for work.")] = 1.0
+    launcher: Annotated[
+        Literal["local", "ray"], Field(description="Where a job's process runs: on this machine, or on a Ray cluster.")
+    ] = "local"
+    processes_per_job: Annotated[
+        int, Field(ge=1, le=64, description="Processes that train one model together, with a GPU each where there are.")
+    ] = 1
+    ray_address: Annotated[
+        str, Field(description="Of the cluster: `auto` is the one this machine is part of, else `HOST:PORT`.")
+    ] = "auto"
+    ray_cpus: Annotated[float, Field(gt=0, description="Cores that Ray sets aside for a process or an actor.")] = 1.0
+    ray_gpus: Annotated[float, Field(ge=0, description="GPUs, likewise; 0 for a cluster that has none.")] = 1.0
+    bulk_actors: Annotated[
+        int, Field(ge=1, description="With `ray`, most actors that label one file, each with an engine.")
+    ] = 1
     delete_grace_seconds: Annotated[
         float, Field(ge=0, description="How long the bytes of something deleted stay for readers still at them.")
     ] = 60.0
 
+    engine: Annotated[
+        Literal["local", "ray"], Field(description="Where predictions run: beside each API, or in Ray Serve.")
+    ] = "local"
+    serve_replicas: Annotated[int, Field(ge=1, description="With `ray`, how many replicas, each with an engine.")] = 1
     serve_device: Annotated[
         str, Field(description="Where predictions run: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.")
     ] = "auto"
