@@ -2,10 +2,12 @@
 
 import signal
 import sys
+from pathlib import Path
 
 from service.core import logs
-from service.core.settings import settings_in_use
+from service.core.settings import Settings, settings_in_use
 from service.db.engine import migrate
+from worker.launch import Child, Launcher, LocalChild, LocalTeam, processes_for
 from worker.supervisor import Supervisor
 
 
@@ -14,14 +16,32 @@ def main() -> int:
         settings = settings_in_use()
         logs.configure(settings.log_level, settings.log_format)
         migrate(settings.resolved_database_url)
+        launcher = _launcher(settings)
     except RuntimeError as error:  # settings that cannot work, or a database newer than this code
         print(error, file=sys.stderr)  # noqa: T201
         return 2
-    supervisor = Supervisor(settings)
+    supervisor = Supervisor(settings, launcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: supervisor.stop.set())
     supervisor.run()
     return 0
+
+
+def _launcher(settings: Settings) -> Launcher:
+    """Where attempts run. Raises RuntimeError where that is a cluster and it cannot be reached."""
+    if settings.launcher == "ray":
+        try:
+            from worker.cluster.launch import Cluster, launcher_on
+        except ImportError as error:
+            raise RuntimeError("TUNEPROOF_LAUNCHER=ray needs Ray: pip install 'tuneproof[ray]'") from error
+        asked = settings.ray_address, settings.ray_cpus, settings.ray_gpus, settings.bulk_actors
+        return launcher_on(Cluster(*asked), settings.processes_per_job)
+
+    def launch(folder: Path) -> Child:
+        n = processes_for(folder, settings.processes_per_job)
+        return LocalTeam(folder, n) if n > 1 else LocalChild(folder)
+
+    return launch
 
 
 if __name__ == "__main__":

@@ -5,12 +5,16 @@ import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
+
+from service.core.spec import JobSpec
 
 
 class Child(Protocol):
@@ -43,12 +47,12 @@ class LocalChild:
 
     program = ("-m", "worker.child")
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variables: Mapping[str, str] = MappingProxyType({})) -> None:
         with (folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", *self.program, str(folder)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
-                env=ENVIRONMENT | os.environ,
+                env={**ENVIRONMENT, **os.environ, **variables},
             )  # fmt: skip
         self._said: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -77,3 +81,52 @@ class LocalChild:
             # A killed child may leave half a line.
             with contextlib.suppress(ValueError):
                 self._said.put(json.loads(line))
+
+
+class LocalTeam:
+    """Processes that train one model together, started as `torchrun` does. The first is the job's own."""
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        address, port = "127.0.0.1", free_port("127.0.0.1")
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        self._first, *self._others = (
+            LocalChild(folder, share | rank_variables(rank, processes, processes, address, port))
+            for rank in range(processes)
+        )
+
+    def messages(self, wait_seconds: float) -> Iterator[dict[str, Any]]:
+        return self._first.messages(wait_seconds)
+
+    def ended(self) -> int | None:
+        if any(child.ended() for child in self._others):
+            self.kill()  # without one the others would wait for ever: the attempt is lost
+        return self._first.ended()
+
+    def ask_to_stop(self) -> None:
+        self._first.ask_to_stop()
+
+    def kill(self) -> None:
+        for child in (self._first, *self._others):
+            child.kill()
+
+
+def processes_for(folder: Path, most: int) -> int:
+    """How many processes the job in a folder can use: all where it trains, else one."""
+    spec = json.loads((folder / "job.json").read_text(encoding="utf-8"))["spec"]
+    return most if JobSpec.model_validate(spec).trains else 1
+
+
+def rank_variables(rank: int, processes: int, here: int, address: str, port: int) -> dict[str, str]:
+    """What `torch.distributed` reads; `here` of the processes run on this rank's machine."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank % here), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": address, "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def free_port(address: str) -> int:
+    """One that nobody listens on at the moment."""
+    with socket.socket() as found:
+        found.bind((address, 0))
+        port: int = found.getsockname()[1]
+        return port

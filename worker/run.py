@@ -378,12 +378,17 @@ def main(arguments: list[str]) -> int:
     """`python -m worker.run FOLDER`. Gives the exit status: 0 done, 1 failed, 75 stopped."""
     stop = Stop()
     stop.listen()
+    folder = Path(arguments[0])
     transformers_logging.set_verbosity_error()  # that a fresh head is missing from the checkpoint is no news
     transformers_logging.disable_progress_bar()
     # Libraries print where they like; standard output belongs to the messages alone.
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    folder, reporter = Path(arguments[0]), Reporter(messages)
+    if os.environ.get("RANK", "0") != "0":
+        from worker.methods.ranks import follow
+
+        return follow(folder)
+    reporter = Reporter(messages)
     spec = json.loads((folder / "job.json").read_text(encoding="utf-8")).get("spec", {})
     try:
         Bulk(folder, reporter).run() if spec.get("kind") == "predict" else Experiment(folder, reporter, stop).run()

@@ -1,7 +1,6 @@
 """Claims jobs, keeps their leases, starts and stops their children, publishes what they leave. Never touches a GPU."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from service.db.jobs import Claimed, Lease, NewArtifact, NewModel, Progress
 from service.db.models import Dataset, Model
 from service.storage import Storage, Stored
 from worker.launch import Child, Launcher, LocalChild
+from worker.scratch import own_folder
 
 TEXT_ARTIFACTS = frozenset({"predictions.csv", "flips.csv", "report.html", "prompt.json"})
 """What is deleted with the dataset whose texts it holds."""
@@ -58,7 +58,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Works until `stop` is set; then the job at hand is given back."""
-        with _own_folder(self.settings.data_dir.absolute() / "work", self.id) as folder:
+        with own_folder(self.settings.data_dir.absolute() / "work", self.id) as folder:
             log.info("worker %s started; data folder %s", self.id, self.settings.data_dir.absolute())
             while not self.stop.is_set():
                 try:
@@ -373,24 +373,6 @@ class Attempt:
 
     def _now(self) -> Any:
         return self.supervisor.clock()
-
-
-@contextlib.contextmanager
-def _own_folder(root: Path, name: str) -> Any:
-    """A folder for this worker's scratch; those of workers that have died are removed."""
-    root.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        with (root / "lock").open("w") as turn:  # or a folder could be taken for a dead worker's before it is locked
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            for other in root.iterdir():
-                with contextlib.suppress(OSError), (other / "lock").open("a") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(other, ignore_errors=True)
-            own = root / name
-            own.mkdir()
-            fcntl.flock(held.enter_context((own / "lock").open("w")), fcntl.LOCK_EX)
-        yield own
-    shutil.rmtree(own, ignore_errors=True)
 
 
 def _last_frames(log_file: Path, lines: int = 12) -> str:

@@ -31,7 +31,7 @@ from tests.problems import problem_of
 from tests.rows import StillClock, add_dataset, add_job, read_job
 from tests.tiny import BERT, labelled_texts
 from tests.waiting import until
-from worker.supervisor import _own_folder
+from worker.scratch import own_folder
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS") or 600)
 FAST = {"lease_seconds": 2, "poll_seconds": 0.1, "max_attempts": 1000}
@@ -78,7 +78,7 @@ def test_jobs_under_three_workers_that_are_killed_and_stopped_are_each_published
     assert found.attempts > n_jobs
     assert chaos.integrity(tmp_path) == [("ok",)]
     assert chaos.strays(bench, Storage(f"file://{tmp_path / 'storage'}"), tmp_path) == set()
-    with _own_folder(tmp_path / "work", "wrk_last"):  # what the last to be killed left goes with the next that starts
+    with own_folder(tmp_path / "work", "wrk_last"):  # what the last to be killed left goes with the next that starts
         pass
     assert [path.name for path in (tmp_path / "work").iterdir() if path.name != "lock"] == []
 

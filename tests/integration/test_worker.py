@@ -31,6 +31,7 @@ from tests.rows import GRACE, START, Steady, StillClock, add_dataset, add_job, r
 from tests.tiny import BERT, labelled_texts
 from tests.waiting import until
 from worker import supervisor as supervisor_module
+from worker.scratch import own_folder
 from worker.supervisor import Supervisor
 
 TABLE = b"text,label\nhello,a\n"
@@ -664,8 +665,8 @@ def test_scratch_of_dead_workers_is_removed_and_that_of_living_ones_kept(tmp_pat
     (root / "wrk_dead").mkdir(parents=True)
     (root / "wrk_dead" / "lock").touch()
     (root / "wrk_dead" / "texts.csv").write_text("private")
-    with supervisor_module._own_folder(root, "wrk_living"):
-        with supervisor_module._own_folder(root, "wrk_new") as own:
+    with own_folder(root, "wrk_living"):
+        with own_folder(root, "wrk_new") as own:
             assert sorted(path.name for path in root.iterdir()) == ["lock", "wrk_living", "wrk_new"]
             (own / "texts.csv").write_text("private")
         assert sorted(path.name for path in root.iterdir()) == ["lock", "wrk_living"]

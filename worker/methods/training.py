@@ -19,6 +19,7 @@ from service.ml.engine import TOKEN_BUDGET
 from worker.methods.checkpoint import Checkpoint, TrainingState, optimizer_tensors, restore_optimizer
 from worker.methods.parts import Computed, Helper, HelperGone, Part, Parts
 from worker.methods.protocol import Rows
+from worker.methods.ranks import Ranks, world_size
 from worker.methods.recipe import LoraRecipe
 from worker.methods.trainable import Trainable, Weights
 from worker.stop import Stopped
@@ -63,6 +64,7 @@ class Run:
         )  # fmt: skip
         self._threads = torch.get_num_threads()
         self._helpers: list[Helper] = []
+        self._ranks: Ranks | None = None
         self.state = resumed.state if resumed else TrainingState(asdict(recipe))
         best, average = (resumed.best, resumed.average) if resumed else (self.weights(), self.weights())
         self.best, self.average = (
@@ -99,7 +101,12 @@ class Run:
 
     @contextmanager
     def helped(self) -> Iterator[list[Helper]]:
-        """Until it ends, on a CPU: parts of a batch are computed by processes beside this one."""
+        """Until it ends, parts of a batch are computed by other ranks, or on a CPU by processes beside this one."""
+        if world_size() > 1:
+            with self._helpers_there():
+                self._ranks = Ranks(self._here)
+            yield []
+            return
         base_bytes = sum(p.numel() * p.element_size() for p in self._model.parameters())
         pays = self.steps_per_epoch * self.recipe.epochs >= LEAST_STEPS and base_bytes <= LARGEST_BASE_BYTES
         n_tokens = float(self.lengths.mean()) * self.recipe.batch_size
@@ -218,7 +225,11 @@ class Run:
         return total
 
     def _computed(self, parts: list[Part]) -> Iterator[Computed]:
-        """Each part, in order."""
+        """Each part, in order; the sum where there are ranks."""
+        if self._ranks is not None:
+            with self._helpers_there():
+                yield self._ranks.compute(parts)
+            return
         at_once = 1 + len(self._helpers)
         for start in range(0, len(parts), at_once):
             mine, *theirs = parts[start : start + at_once]
@@ -232,7 +243,8 @@ class Run:
     def _parts(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Positions of rows, shortest first, in parts of about equally many tokens."""
         n_rows, n_tokens, budget = len(lengths), int(lengths.sum()), TOKEN_BUDGET.get(self.device.type, 4096)
-        n = max(1 + len(self._helpers), -(-n_tokens // budget), -(-n_rows // (self.state.rows_at_once or n_rows)))
+        at_once = max(world_size(), 1 + len(self._helpers))
+        n = max(at_once, -(-n_tokens // budget), -(-n_rows // (self.state.rows_at_once or n_rows)))
         order, n = np.argsort(lengths, kind="stable"), min(n, n_rows)
         return [order[i::n] for i in range(n)]
 
