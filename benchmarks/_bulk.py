@@ -7,7 +7,7 @@ from pathlib import Path
 from _engine_alone import Alone
 from _measures import Measure, in_rounds, ratio, seconds
 from service.ml.dataset import UploadOptions, profile
-from worker.bulk import Parts, header, predict_file
+from worker.bulk import Labeller, Parts, header, label_here
 
 
 def bulk_measures(alone: Alone, folder: Path, rounds: int, n_rows: int) -> list[Measure]:
@@ -21,8 +21,8 @@ def bulk_measures(alone: Alone, folder: Path, rounds: int, n_rows: int) -> list[
     def bulk() -> None:
         place = folder / f"bulk-{next(numbers)}"
         parts = Parts(place / "parts")
-        predict_file(file, table, alone.engine, adapter, parts)
-        parts.join(header(adapter, None), place / "predictions.csv")
+        label_here(Labeller(alone.engine, adapter, "fp32"), file, table, parts)
+        parts.join(header(adapter.labels, None), place / "predictions.csv")
 
     variants = {
         "bulk": lambda: n_rows / seconds(bulk),

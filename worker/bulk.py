@@ -10,6 +10,7 @@ Rows go by in blocks, and no more than three are in memory: one is scored while 
 before and reads the one after.
 """
 
+import io
 import itertools
 import json
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from service.ml.base_models import locate_at
 from service.ml.calibration import softmax
 from service.ml.dataset import Row, TableFormat, UploadOptions, profile, read_rows
 from service.ml.device import DTYPES, pick_device, serving_precision
-from service.ml.encode import Tokenizer, encode, load_tokenizer
+from service.ml.encode import encode, load_tokenizer
 from service.ml.engine import Engine
 from service.ml.manifest import Manifest, sha256_of
 from worker.artifacts import csv_writer
@@ -60,6 +62,13 @@ class Tally:
     precision: str = ""
     labels: dict[str, int] = field(default_factory=dict)
 
+    def add(self, other: "Tally") -> None:
+        """Counts the rows of another, which come after its own."""
+        for name in ("rows", "empty", "abstained", "truncated", "tokens", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.precision = self.precision or other.precision
+        self.labels = dict(Counter(self.labels) + Counter(other.labels))
+
 
 @dataclass(frozen=True)
 class Block:
@@ -86,15 +95,13 @@ class Parts:
         self._open = folder.with_name("part")
         self._begun: float | None = None
 
-    def write(self, rows: Sequence[Sequence[str]]) -> bool:
-        """Adds the rows of a block, which `tally` counts already; gives whether that has ended a part."""
+    def write(self, lines: str) -> bool:
+        """Adds the lines of a block, which `tally` counts already; gives whether that has ended a part."""
         begun, self._begun = self._begun, None  # what cannot be written leaves nothing to end
         if begun is None:
             self._open.unlink(missing_ok=True)
         with self._open.open("a", encoding="utf-8", newline="") as file:
-            write = csv_writer(file)
-            for row in rows:
-                write(row)
+            file.write(lines)
         self._begun = begun or time.monotonic()
         return time.monotonic() - self._begun >= PART_SECONDS and self.end()
 
@@ -129,40 +136,108 @@ class Parts:
         return self.folder / f"{i:06}.{ending}"
 
 
-def predict_file(
-    file: Path, table: TableFormat, engine: Engine, adapter: Adapter, parts: Parts, *, top_k: int | None = None,
-    min_confidence: float = 0.0, on_rows: Callable[[int], None] = lambda _: None,
+@dataclass
+class Labeller:
+    """One model on its base, which labels blocks of rows. Nobody else may use its engine meanwhile.
+
+    Args:
+        engine: With `adapter` attached.
+        adapter: The model's.
+        precision: Of the engine, for the record.
+        top_k: How many labels to write with their probabilities; None for the answer alone.
+        min_confidence: Below it the label is left open.
+    """
+
+    engine: Engine
+    adapter: Adapter
+    precision: str
+    top_k: int | None = None
+    min_confidence: float = 0.0
+
+    def __post_init__(self) -> None:
+        backbone = self.engine.backbone
+        self._tokenizer = load_tokenizer(backbone.source.folder, decoder=backbone.decoder)  # a thread's own
+
+    @classmethod
+    def load(
+        cls, model: Path, models_dir: str | None, dtype: str, precision: str, top_k: int | None, min_confidence: float
+    ) -> "Labeller":
+        """From the published files. `dtype` is TUNEPROOF_SERVE_DTYPE; earlier rows' `precision` overrules it.
+
+        Raises:
+            ModelUnavailable: the base cannot be had.
+        """
+        manifest = Manifest.read(model)
+        source = locate_at(manifest.base_model, manifest.base_revision, Path(models_dir) if models_dir else None)
+        device = pick_device()
+        precision = precision or serving_precision(device, dtype)
+        engine = Engine(load_backbone(source, device=device, dtype=DTYPES[precision]))
+        adapter = load_adapter(model, head_name=engine.backbone.head_name, device=device, dtype=DTYPES[precision])
+        engine.attach(adapter)
+        return cls(engine, adapter, precision, top_k, min_confidence)
+
+    def read(self, rows: list[Row]) -> Block:
+        encoded = encode(self._tokenizer, [row.text for row in rows if row.text.strip()], self.adapter.max_length)
+        return Block(rows, encoded.ids, int(encoded.truncated.sum()))
+
+    def score(self, block: Block, on_rows: Callable[[int], None] = lambda _: None) -> list[NDArray[np.float32]]:
+        return self.engine.score(block.ids, [self.adapter] * len(block.ids), lambda n, _: on_rows(n))
+
+    def write(self, block: Block, logits: list[NDArray[np.float32]], seconds: float) -> tuple[str, Tally]:
+        """The block's lines, and what they come to."""
+        tally = Tally(truncated=block.truncated, tokens=sum(map(len, block.ids)), seconds=seconds)
+        tally.precision = self.precision
+        lines = io.StringIO(newline="")
+        write = csv_writer(lines)
+        for line in _answered(block.rows, logits, self.adapter, self.top_k, self.min_confidence, tally):
+            write(line)
+        return lines.getvalue(), tally
+
+    def label(self, rows: list[Row]) -> tuple[str, Tally]:
+        start = time.perf_counter()
+        block = self.read(rows)
+        return self.write(block, self.score(block), time.perf_counter() - start)
+
+
+def blocks_of(file: Path, table: TableFormat, start: int, device: str) -> Iterator[list[Row]]:
+    """Its rows from number `start` on, as many at a time as are scored at once.
+
+    Cut by rows and characters alone, so that an attempt that goes on at a block's end scores the same blocks.
+
+    Raises:
+        InvalidData: the file is not the one that was profiled.
+    """
+    most_rows, most_chars = BLOCK_ROWS.get(device, MOST_BLOCK_ROWS), BLOCK_CHARS.get(device, MOST_BLOCK_CHARS)
+    rows = itertools.islice(read_rows(file, table), start, None)
+    for first in rows:
+        block, chars = [first], len(first.text)
+        while len(block) < most_rows and chars < most_chars and (row := next(rows, None)) is not None:
+            block.append(row)
+            chars += len(row.text)
+        yield block
+
+
+def label_here(
+    labeller: Labeller, file: Path, table: TableFormat, parts: Parts, on_rows: Callable[[int], None] = lambda _: None,
     on_part: Callable[[Path], None] = lambda _: None,
 ) -> None:  # fmt: skip
     """Labels the rows of a file that `parts` does not hold yet.
 
     Args:
+        labeller: What labels them.
         file: As it was uploaded.
         table: How to read it.
-        engine: With `adapter` attached. Nobody else may use it meanwhile.
-        adapter: The model's.
         parts: Where to, and how far earlier attempts came.
-        top_k: How many labels to write with their probabilities; None for the answer alone.
-        min_confidence: Below it the label is left open.
         on_rows: Called with the rows done.
         on_part: Called with the folder of the parts when there is one more.
-
-    Raises:
-        InvalidData: the file is not the one that was profiled.
     """
-    backbone, tally = engine.backbone, parts.tally
-    tokenizer = load_tokenizer(backbone.source.folder, decoder=backbone.decoder)  # the thread's own
-    rows = itertools.islice(read_rows(file, table), tally.rows, None)
-    device = backbone.device.type
-    most = BLOCK_ROWS.get(device, MOST_BLOCK_ROWS), BLOCK_CHARS.get(device, MOST_BLOCK_CHARS)
-    blocks = _blocks(rows, tokenizer, adapter.max_length, *most)
-    done, writing = tally.rows, None
+    tally, done, writing = parts.tally, parts.tally.rows, None
+    blocks = map(labeller.read, blocks_of(file, table, done, labeller.engine.backbone.device.type))
 
     def write(block: Block, logits: list[NDArray[np.float32]], seconds: float) -> bool:
-        tally.seconds += seconds
-        tally.truncated += block.truncated
-        tally.tokens += sum(map(len, block.ids))
-        return parts.write(_answered(block.rows, logits, adapter, top_k, min_confidence, tally))
+        lines, counted = labeller.write(block, logits, seconds)
+        tally.add(counted)
+        return parts.write(lines)
 
     with ThreadPoolExecutor(1) as aside:
         start = time.perf_counter()
@@ -170,7 +245,7 @@ def predict_file(
         while (block := coming.result()) is not None:
             coming = aside.submit(next, blocks, None)
             before = done
-            logits = engine.score(block.ids, [adapter] * len(block.ids), lambda n, _: on_rows(before + n))  # noqa: B023
+            logits = labeller.score(block, lambda n: on_rows(before + n))  # noqa: B023
             if writing is not None and writing.result():
                 on_part(parts.folder)
             now = time.perf_counter()
@@ -181,23 +256,10 @@ def predict_file(
         aside.submit(parts.end).result()  # there, as the writing: a stop reaches this thread alone
 
 
-def header(adapter: Adapter, top_k: int | None) -> list[str]:
+def header(labels: Sequence[str], top_k: int | None) -> list[str]:
     """Of predictions.csv."""
-    ranks = range(1, min(top_k or 0, len(adapter.labels)) + 1)
+    ranks = range(1, min(top_k or 0, len(labels)) + 1)
     return ["row_id", "text", "label", "confidence", *(f"{of}_{i}" for i in ranks for of in ("label", "probability"))]
-
-
-def _blocks(
-    rows: Iterator[Row], tokenizer: Tokenizer, max_length: int, most_rows: int, most_chars: int
-) -> Iterator[Block]:
-    """Cut by rows and characters alone, so that an attempt that goes on at a block's end scores the same blocks."""
-    for first in rows:
-        block, chars = [first], len(first.text)
-        while len(block) < most_rows and chars < most_chars and (row := next(rows, None)) is not None:
-            block.append(row)
-            chars += len(row.text)
-        encoded = encode(tokenizer, [row.text for row in block if row.text.strip()], max_length)
-        yield Block(block, encoded.ids, int(encoded.truncated.sum()))
 
 
 def _answered(
@@ -246,16 +308,17 @@ class Bulk:
         tally = parts.tally
         if tally.rows:
             self.reporter.event("message", f"Goes on after {tally.rows:,} rows.", {"count": tally.rows})
-        engine, adapter = self._load(tally)
+        model = (
+            self.folder / "model", self.job.get("models_dir"), self.job.get("serve_dtype", "auto"), tally.precision,
+            self.spec.top_k, self.spec.min_confidence,
+        )  # fmt: skip
+        label = self._anywhere(model) if "cluster" in self.job else partial(label_here, Labeller.load(*model))
         table, n_rows = self._table()
         self.reporter.stage("evaluate")
         try:
-            predict_file(
-                self.folder / "dataset", table, engine, adapter, parts, top_k=self.spec.top_k,
-                min_confidence=self.spec.min_confidence, on_rows=self._pace(tally.rows, n_rows),
-                on_part=self.reporter.checkpoint,
-            )  # fmt: skip
-            parts.join(header(adapter, self.spec.top_k), self.out / "predictions.csv")
+            label(self.folder / "dataset", table, parts, self._pace(tally.rows, n_rows), self.reporter.checkpoint)
+            names = Manifest.read(self.folder / "model").labels
+            parts.join(header(names, self.spec.top_k), self.out / "predictions.csv")
         except Stopped:
             if parts.end() or parts.n:  # every block that was scored is written by now
                 self.reporter.checkpoint(parts.folder)
@@ -263,19 +326,10 @@ class Bulk:
         self._warn(tally)
         self.reporter.result(self._summary(tally), [])
 
-    def _load(self, tally: Tally) -> tuple[Engine, Adapter]:
-        models_dir = self.job.get("models_dir")
-        manifest = Manifest.read(self.folder / "model")
-        source = locate_at(manifest.base_model, manifest.base_revision, Path(models_dir) if models_dir else None)
-        device = pick_device()
-        # One for all rows, whoever began.
-        tally.precision = tally.precision or serving_precision(device, self.job.get("serve_dtype", "auto"))
-        engine = Engine(load_backbone(source, device=device, dtype=DTYPES[tally.precision]))
-        adapter = load_adapter(
-            self.folder / "model", head_name=engine.backbone.head_name, device=device, dtype=DTYPES[tally.precision]
-        )
-        engine.attach(adapter)
-        return engine, adapter
+    def _anywhere(self, model: tuple[Any, ...]) -> Callable[..., None]:
+        from worker.cluster.bulk import label_on_actors
+
+        return partial(label_on_actors, self.job["cluster"], model)
 
     def _table(self) -> tuple[TableFormat, int]:
         if self.job.get("table"):
