@@ -1,5 +1,6 @@
 # One image for the API and the worker. The CUDA build of torch brings its own libraries; the host needs the
 # NVIDIA driver and container toolkit, or no GPU at all.
+# For several machines: docker build --build-arg EXTRAS=server,remote,postgres,s3,ray .
 FROM python:3.11-slim-bookworm
 
 ENV PIP_NO_CACHE_DIR=1 \
@@ -14,11 +15,15 @@ RUN useradd --create-home --uid 10001 tuneproof \
 
 WORKDIR /app
 
+# Of pyproject.toml, by commas.
+ARG EXTRAS=server,remote
+
 # The packages first: a layer of gigabytes that a change of our own code leaves alone.
 COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 extras = project['optional-dependencies']; \
-print(*project['dependencies'], *extras['server'], *extras['remote'], sep='\n')" > requirements.txt \
+asked = [line for name in '${EXTRAS}'.split(',') for line in extras[name]]; \
+print(*project['dependencies'], *asked, sep='\n')" > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
 COPY README.md LICENSE ./
@@ -27,7 +32,7 @@ COPY service service
 COPY worker worker
 COPY migrations migrations
 COPY examples examples
-RUN pip install --no-deps --constraint constraints.txt '.[server,remote]'
+RUN pip install --no-deps --constraint constraints.txt ".[${EXTRAS}]"
 
 WORKDIR /home/tuneproof
 USER tuneproof
