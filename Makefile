@@ -84,7 +84,7 @@ docs: setup ## The documentation as a site, in site/; a broken link fails it
 lock: ## Write constraints.txt anew from the newest versions that pyproject.toml allows
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(PYTHON) -m venv "$$folder/venv"; \
-	"$$folder/venv/bin/python" -m pip --disable-pip-version-check -qq install '.[server,dev]'; \
+	"$$folder/venv/bin/python" -m pip --disable-pip-version-check -qq install '.[server,dev,ray]'; \
 	{ echo '# What `make setup` installs, pinned. Made by `make lock`; do not edit.'; \
 	  "$$folder/venv/bin/python" -m pip --disable-pip-version-check freeze --exclude tuneproof --exclude setuptools \
 	  | sed -E 's/\+[a-z0-9.]+$$//' | grep -Ev '^(nvidia-|cuda-|triton)'; } > "$$folder/constraints.txt"; \

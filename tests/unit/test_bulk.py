@@ -334,14 +334,14 @@ def test_a_job_told_to_stop_while_its_parts_are_joined_keeps_the_last_one(
 
 def test_a_part_that_could_not_be_written_is_not_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(make(table_of(TEXTS)).folder / "checkpoints" / "parts")
-    parts.write([["0", "fits", "", ""]])
+    parts.write("0,fits,,\n")
 
-    def full(_file: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise OSError("no space left")
 
-    monkeypatch.setattr(bulk, "csv_writer", full)
-    with pytest.raises(OSError, match="no space"):
-        parts.write([["1", "does not", "", ""]])
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(Path, "open", full)
+        parts.write("1,does not,,\n")
     assert not parts.end()
 
 

@@ -17,7 +17,6 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, read_datasource
 from ray.data.block import BlockMetadata
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.core.errors import AppError, OutOfMemory
 from service.ml.dataset import Row, TableFormat
@@ -42,14 +41,14 @@ def label_on_actors(
     context.target_max_block_size = 1  # so that each of our blocks is one of Ray's, and moves by itself
     folder, *how = model
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     blocks = read_datasource(
         _Blocks(file, table, parts.tally.rows, "cuda" if asked.gpus else "cpu"),
-        override_num_blocks=1, ray_remote_args={"scheduling_strategy": here, "num_cpus": 0},
+        override_num_blocks=1, label_selector=here, num_cpus=0,
     )  # fmt: skip
     answers = blocks.map_batches(
         _Scorer, batch_size=1, batch_format="pyarrow", num_cpus=asked.cpus, num_gpus=asked.gpus or None,
-        fn_constructor_args=(ray.put(files), partial(_made, make, how)),
+        fn_constructor_args=(partial(ray.get, ray.put(files)), partial(_made, make, how)),
         compute=ActorPoolStrategy(min_size=1, max_size=asked.bulk_actors),
     )  # fmt: skip
     for answer in answers.iter_rows():
@@ -94,7 +93,7 @@ def _read(file: Path, table: TableFormat, start: int, device: str) -> Iterator[p
 class _Scorer:
     """An engine with the model, in an actor of its own. It is loaded for the first block."""
 
-    def __init__(self, files: dict[str, bytes] | Any, make: Callable[[Path], Labeller]) -> None:
+    def __init__(self, files: Callable[[], dict[str, bytes]], make: Callable[[Path], Labeller]) -> None:
         self._files, self._make = files, make
         self._labeller: Labeller | None = None
 
@@ -115,7 +114,7 @@ class _Scorer:
     def _loaded(self) -> Labeller:
         if self._labeller is None:
             with tempfile.TemporaryDirectory() as folder:
-                for name, content in ray.get(self._files).items():
+                for name, content in self._files().items():
                     (Path(folder) / name).write_bytes(content)
                 self._labeller = self._make(Path(folder))
         return self._labeller
