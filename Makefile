@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SCALE := .venv-scale
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 SHELL := /bin/bash
 QUICK := not more and not gpu and not acceptance and not calibrate and not chaos and not scale
@@ -12,7 +13,7 @@ DATABASE_TESTS := tests/unit/test_collection.py $(wildcard tests/integration/tes
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo run test test-more test-scale test-gpu acceptance audit calibrate chaos check bench bench-gpu verify-f2llm soak docs lock vendor
+.PHONY: help setup demo run test test-more test-scale test-gpu acceptance audit calibrate chaos check bench bench-scale bench-gpu verify-f2llm soak docs lock vendor
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,9 +33,9 @@ test-more: setup ## What is heavier, or needs servers or browsers
 	$(BIN)/pytest -n 2 --dist loadfile -m more
 	TEST_ON_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS)
 
-test-scale: setup ## The database's tests on PostgreSQL, and what takes several machines, in small
+test-scale: setup $(SCALE)/.installed ## The database's tests on PostgreSQL, and what takes several machines, in small
 	TEST_ON_POSTGRES=new $(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" $(QUEUE_TESTS) $(DATABASE_TESTS)
-	$(BIN)/pytest -m scale -s
+	$(SCALE)/bin/pytest -m scale -s
 
 test-gpu: setup ## What needs a CUDA GPU
 	$(BIN)/pytest -m gpu
@@ -58,7 +59,10 @@ check: setup ## Style, types, imports, migrations in step with the models, lines
 
 # Status 2: a benchmark's data are not there, which it says itself.
 bench: setup ## Every benchmark's table, some two hours; BENCH_ARGS=--quick for short runs
-	@for program in $(wildcard benchmarks/[a-z]*.py); do echo "== $$program"; $(BIN)/python "$$program" $(BENCH_ARGS) || test $$? = 2; done
+	@for program in $(filter-out benchmarks/bulk_actors.py,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$program"; $(BIN)/python "$$program" $(BENCH_ARGS) || test $$? = 2; done
+
+bench-scale: $(SCALE)/.installed ## Bulk labelling by one and by two actors of a Ray cluster; BENCH_ARGS=--quick for a short run
+	$(SCALE)/bin/python benchmarks/bulk_actors.py $(BENCH_ARGS)
 
 bench-gpu: setup ## Engine and training at the shape of Qwen3-0.6B, on a CUDA GPU; BENCH_ARGS=--quick for short runs
 	$(BIN)/python benchmarks/serving.py --device cuda $(BENCH_ARGS)
@@ -96,6 +100,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	$(if $(TORCH_INDEX),@$(PIP) install --no-deps --constraint constraints.txt --index-url '$(TORCH_INDEX)' torch)
 	@$(PIP) install --constraint constraints.txt --editable '.[server,dev]'
+	@touch $@
+
+# Apart from the other: nothing may come to need Ray, or what it brings along.
+$(SCALE)/.installed: pyproject.toml constraints.txt
+	@test -x $(SCALE)/bin/pip || $(PYTHON) -m venv $(SCALE)
+	@echo "Installing Ray and everything else into $(SCALE); the first time takes some minutes."
+	@$(SCALE)/bin/python -m pip --disable-pip-version-check -qq install --constraint constraints.txt --editable '.[server,dev,ray]'
 	@touch $@
 
 # The pages run without a build step: these files are the packages' own, served from here.

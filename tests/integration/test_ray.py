@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import signal
@@ -173,7 +174,9 @@ def test_a_cancel_takes_under_five_seconds_and_leaves_nothing_on_the_node(house:
 def test_a_job_that_finds_no_place_says_so_and_can_be_cancelled(house: House) -> None:
     with house.worker(RAY_CPUS="4"):
         job_id = house.submit(table(1), SPEC)
-        until(lambda: house.job(job_id)["progress"]["message"] == "waiting for a place in the cluster", 60, "it says so")
+        until(
+            lambda: house.job(job_id)["progress"]["message"] == "waiting for a place in the cluster", 60, "it says so"
+        )
         house.client.post(f"/jobs/{job_id}/cancel")
         until(lambda: house.job(job_id)["status"] == "cancelled", 8, "it is cancelled")
 
@@ -192,8 +195,8 @@ def test_a_worker_that_is_killed_takes_its_processes_on_the_cluster_with_it(hous
 
 
 def test_a_file_is_labelled_as_here_while_a_node_with_an_engine_is_lost(house: House, whole: str) -> None:
-    rows = [line.rpartition(",")[0] for line in table(400).splitlines()[1:]][:100_000]
-    rows += rows[: 100_000 - len(rows)]
+    lines = [line.rpartition(",")[0] for line in table(100).splitlines()[1:]]
+    rows = list(itertools.islice(itertools.cycle(lines), 100_000))
     file = io.StringIO(newline="")
     csv.writer(file).writerows([("text", "n"), *((text, i) for i, text in enumerate(rows))])
     spec = {"kind": "predict", "model": house.job(whole)["model_id"]}
@@ -223,7 +226,7 @@ from worker.cluster.bulk import label_on_actors
 place = Path(sys.argv[1])
 cluster = {"address": sys.argv[2], "cpus": 1, "gpus": 0, "bulk_actors": 2}
 parts = Parts(place / "parts")
-table = TableFormat("text", None, None, ",", True, "utf-8")
+table = TableFormat("text", None, None, ",", True, "utf-8", False)
 label_on_actors(cluster, (place / "model",), place / "rows.csv", table, parts, lambda n: print(n, flush=True),
                 lambda _: None, StubLabeller)
 parts.join(["row_id", "label"], place / "predictions.csv")

@@ -5,6 +5,7 @@ validation and checkpoints are its. Each other holds the same frozen base; at ev
 parts of the batch, and adds its gradients to the sum. So a checkpoint fits any number of ranks.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -137,6 +138,7 @@ def _join(device: torch.device) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % n_gpus)
     with _or_gone():
         dist.init_process_group("cpu:gloo,cuda:nccl" if n_here <= n_gpus else "gloo", timeout=_WAIT)
+    atexit.register(dist.destroy_process_group)  # or its threads may end the process by an abort
 
 
 def _tell(message: dict[str, Any], tensors: Sequence[Tensor]) -> None:
