@@ -296,7 +296,7 @@ class Attempt:
     def _publish(self, result: dict[str, Any]) -> None:
         """Bytes first, then the one transaction that makes them visible; a cancel that came first wins."""
         self._report(progress=Progress("publish", 0.98, "publishing", 1.0))
-        summary, prefixes = result["summary"], [self.lease.prefix]
+        summary, announced = result["summary"], list[str]()
         try:
             artifacts = [
                 NewArtifact(name, stored.size_bytes, stored.sha256, stored.key, name in TEXT_ARTIFACTS)
@@ -305,14 +305,17 @@ class Attempt:
             models = []
             for made in result["models"]:
                 model_id = new_id("mdl")
-                prefixes.append(f"models/{model_id}")
+                announced.append(f"models/{model_id}")
                 models.append(self._put_model(model_id, self.place / made["folder"], made["method"], summary))
             self._write(jobs.publish, artifacts, models, summary, self._now(), self.supervisor.grace)
         except LeaseLost:
             if self._write(jobs.was_published):
                 return
-            for prefix in prefixes:
-                self.storage.delete(prefix)
+            for (
+                prefix
+            ) in announced:  # never deleted from here: models outlive their job, by which alone one looks above
+                self._patiently(garbage.give_up, self.db, prefix, self._now())
+            self.storage.delete(self.lease.prefix)
             self._write(jobs.confirm_cancelled, self._now(), self.supervisor.grace)
 
     def _put_model(self, model_id: str, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:

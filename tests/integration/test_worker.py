@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import delete, select
+from sqlalchemy.exc import OperationalError
 
 from service.core import logs
 from service.core.clock import Steadiness
@@ -120,6 +121,9 @@ class Bench:
             return list(session.scalars(select(table)))
 
     def files(self) -> set[str]:
+        """Where files lie once what is garbage by now is deleted."""
+        for _id, prefix in garbage.due(self.db, self.clock()):
+            self.storage.delete(prefix)
         root = self.folder / "storage"
         return {path.relative_to(root).parts[0] for path in root.rglob("*") if path.is_file()}
 
@@ -130,6 +134,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr(supervisor_module, "_STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 0.0)
     made = Bench(tmp_path)
     yield made
     made.db.close()
@@ -156,6 +161,7 @@ def leaves(*names: str) -> Callable[[FakeChild], None]:
     return write
 
 
+AWAY = OperationalError("COMMIT", None, Exception("server closed the connection unexpectedly"))
 RESULT = {"type": "result", "summary": SUMMARY, "models": [{"method": "lora", "folder": "out/adapter"}]}
 
 
@@ -346,6 +352,27 @@ def test_a_lease_lost_while_publishing_leaves_nothing(bench: Bench, monkeypatch:
     assert bench.rows(Artifact) == bench.rows(Model) == []
     assert bench.files() == {"datasets"}
     assert bench.attempt(leaves(), RESULT).status == "succeeded"
+
+
+def test_a_model_stays_whose_job_is_deleted_before_its_worker_knows_that_it_is_published(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to the commit is lost with the database's server; when it is back, the job is gone."""
+    real = jobs.publish
+
+    def publish(*given: Any) -> None:
+        real(*given)
+        monkeypatch.setattr(jobs, "publish", real)
+        with bench.db.write() as session:
+            jobs.remove(session, bench.job_id, bench.clock(), GRACE)
+        raise AWAY
+
+    monkeypatch.setattr(jobs, "publish", publish)
+    bench.scripts.append(([leaves(), RESULT], 0))
+    assert bench.supervisor.work_once(bench.folder / "work")
+    [made] = bench.rows(Model)
+    assert bench.files() == {"datasets", "models"}
+    assert b"".join(bench.storage.chunks(f"{made.storage_prefix}/manifest.json"))
 
 
 @pytest.mark.parametrize("broken", [1, 2, 3, 4, 5])
