@@ -40,6 +40,7 @@ _AWAY_SECONDS = 1.0  # between two questions to a database that is away
 _FRAME = re.compile(r'  File "[^"]+", line [0-9]+, in [\w<>.]+')
 log = logging.getLogger("tuneproof.worker")
 Answer = TypeVar("Answer")
+Row = TypeVar("Row", Dataset, Model)
 
 
 class Supervisor:
@@ -63,8 +64,9 @@ class Supervisor:
             while not self.stop.is_set():
                 try:
                     worked = self.work_once(folder)
-                except Exception:
+                except Exception as error:
                     # The database or the storage is away: the lease runs out and the job is taken up again.
+                    self.looked_in_vain(error)
                     log.exception("the worker stumbled; it goes on in a moment")
                     worked = False
                 if not worked:
@@ -91,10 +93,20 @@ class Supervisor:
         return True
 
     def show_life(self) -> None:
-        """Says, now and then, that this worker is there."""
+        """Says, now and then, that this worker is there, unless the database is away."""
         if time.monotonic() - self._seen > 10:
             self._seen = time.monotonic()
-            catalog.saw_worker(self.db, self.id, self._started, self.clock())
+            try:
+                catalog.saw_worker(self.db, self.id, self._started, self.clock())
+            except OperationalError as error:
+                if not self.looked_in_vain(error):
+                    raise
+
+    def looked_in_vain(self, error: Exception) -> bool:
+        """Whether the database is away: nobody could renew then, and is given time to before a lease counts as over."""
+        if is_away(error):
+            self.steady.doubt()
+        return is_away(error)
 
 
 class Attempt:
@@ -134,9 +146,8 @@ class Attempt:
     def _stage(self) -> None:
         """Fetches the dataset, the model that is to label it, and the last checkpoint into the child's folder."""
         predicts, spec = self.claimed.kind == "predict", self.claimed.spec
-        with self.db.read() as session:
-            dataset = session.get(Dataset, self.claimed.dataset_id)
-            model = session.get(Model, spec["model"]) if predicts else None
+        dataset = self._patiently(self._row, Dataset, self.claimed.dataset_id)
+        model = self._patiently(self._row, Model, spec["model"]) if predicts else None
         if dataset is None or (predicts and model is None):
             # Not possible while the job is open; a restored backup may do it.
             gone, hint = ("dataset", "Upload it again.") if dataset is None else ("model", "Name another one.")
@@ -146,6 +157,10 @@ class Attempt:
         with self._renewing():
             self._patiently(self._fetch, dataset, model)
         self._write_job(dataset)
+
+    def _row(self, table: type[Row], row_id: str) -> Row | None:
+        with self.db.read() as session:
+            return session.get(table, row_id)
 
     def _fetch(self, dataset: Dataset, model: Model | None) -> None:
         self.storage.fetch(dataset.storage_key, self.place / "dataset")
@@ -235,7 +250,7 @@ class Attempt:
         def renew() -> None:
             with contextlib.suppress(LeaseLost):
                 while not done.wait(self.settings.lease_seconds / 3):
-                    self._write(jobs.renew, self._now(), self.settings.lease_seconds)
+                    self._renew()
 
         thread = threading.Thread(target=renew)
         thread.start()
@@ -253,10 +268,14 @@ class Attempt:
         self.supervisor.show_life()
         if now - self._renewed > self.settings.lease_seconds / 3:
             self._renewed = now
-            status = self._write(jobs.renew, self._now(), self.settings.lease_seconds)
+            status = self._renew()
         else:
             status = self._write(jobs.status_under)
         self._cancelling = status == "cancelling"
+
+    def _renew(self) -> str:
+        """The time is that of each try: a lease that counts from before an outage may be over by its end."""
+        return self._patiently(lambda: jobs.renew(self.db, self.lease, self._now(), self.settings.lease_seconds))
 
     def _stop_where_due(self, child: Child) -> None:
         if not self._cancelling and not self.supervisor.stop.is_set():
@@ -365,7 +384,8 @@ class Attempt:
             try:
                 return ask(*given, **named)
             except (OperationalError, StorageUnavailable) as error:
-                if self.supervisor.stop.is_set() or not (isinstance(error, StorageUnavailable) or is_away(error)):
+                away = isinstance(error, StorageUnavailable) or self.supervisor.looked_in_vain(error)
+                if self.supervisor.stop.is_set() or not away:
                     raise
                 log.warning("the database or the storage does not answer; asking again")
                 self.supervisor.stop.wait(_AWAY_SECONDS)

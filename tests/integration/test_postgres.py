@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 import worker.supervisor as supervisor_module
 from service.__main__ import main
+from service.core.clock import Steadiness
 from service.core.errors import AppError, Conflict, NotFound
 from service.db import catalog, jobs
 from service.db.engine import Database, migrate
@@ -24,6 +25,7 @@ from tests.integration.conftest import LOOPBACK, make_app
 from tests.integration.test_worker import RESULT, Bench, leaves, progress
 from tests.problems import problem_of
 from tests.rows import GRACE, START, Steady, add_dataset, add_job, artifact, claim, model, publish_stored, read_job
+from tests.waiting import until
 
 pytestmark = pytest.mark.more
 AT_ONCE = 8
@@ -189,6 +191,52 @@ def test_an_attempt_outlives_its_database_server(
     assert bounced.asked >= 2
     assert len(bench.rows(Model)) == 1
     bench.db.close()
+
+
+def test_nobody_takes_a_job_whose_lease_ran_out_while_the_server_was_away(
+    tmp_path: Path, server: Server, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    migrate(url)
+    bench, ticks, looks = Bench(tmp_path, database_url=url), [0.0], []
+    settings = bench.supervisor.settings.model_copy(update={"poll_seconds": 0.01})
+    idle = supervisor_module.Supervisor(settings, bench.launch, bench.clock)
+    idle.steady = Steadiness(bench.clock, settings.lease_seconds, lambda: ticks[0])
+    real = idle.work_once
+
+    def work_once(folder: Path) -> bool:
+        try:
+            return real(folder)
+        finally:
+            looks.append(1)
+
+    monkeypatch.setattr(idle, "work_once", work_once)
+
+    def look() -> None:
+        n = len(looks) + 1  # one may be under way
+        until(lambda: len(looks) > n, 30, "the idle worker has looked")
+
+    def pass_by() -> None:
+        ticks[0] += 40
+        bench.clock.advance(40)
+        look()
+
+    def outage(_child: Any) -> None:
+        thread = threading.Thread(target=idle.run)
+        thread.start()
+        look()
+        server.stop("immediate")
+        pass_by()
+        server.start()
+        look()
+        idle.stop.set()
+        thread.join()
+
+    ticks[0] += 31
+    bench.clock.advance(31)
+    job = bench.attempt(progress("train", 0.5), outage, progress("train", 0.6), leaves(), RESULT)
+    assert (job.status, job.attempt, job.failures) == ("succeeded", 1, 0)
+    for database in (bench.db, idle.db):
+        database.close()
 
 
 def test_an_attempt_whose_commit_arrived_and_whose_answer_did_not_keeps_what_it_published(

@@ -13,9 +13,11 @@ from unittest import mock
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 import worker.supervisor  # noqa: F401 -- errors that any room defines are to be known here
 from service.api.problems import status_of
+from service.core.clock import Steadiness
 from service.core.errors import AppError
 from service.db import garbage, jobs
 from service.main import _round
@@ -197,13 +199,14 @@ def test_a_room_that_ends_by_an_error_is_told_in_the_log(
     assert "private" not in said
 
 
+class EnoughError(BaseException):
+    """Ends what goes on after every Exception."""
+
+
 def test_housekeeping_goes_on_after_an_error_and_forgets_at_every_twelfth_round(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service import main
-
-    class EnoughError(BaseException):
-        """Ends what goes on after every Exception."""
 
     rounds: list[bool] = []
 
@@ -216,6 +219,30 @@ def test_housekeeping_goes_on_after_an_error_and_forgets_at_every_twelfth_round(
     with pytest.raises(EnoughError):
         asyncio.run(main._housekeeping(make_app(tmp_path / "data").state.context))
     assert [number for number, forgets in enumerate(rounds) if forgets] == [0, 12, 24]
+
+
+def test_while_the_database_is_away_nobody_could_renew_so_housekeeping_gives_them_a_lease_more(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service import main
+
+    clock, ticks, asked = StillClock(), [0.0], []
+    ctx = make_app(tmp_path / "data", clock=clock).state.context
+    ctx.steady = Steadiness(clock, 30, lambda: ticks[0])
+
+    def due(*_given: Any) -> list[Any]:
+        asked.append(ctx.steady())
+        ticks[0] += 20
+        clock.advance(20)
+        raise OperationalError("SELECT", None, Exception("connection refused")) if len(asked) < 4 else EnoughError
+
+    monkeypatch.setattr(garbage, "due", due)
+    monkeypatch.setattr(main, "_SECONDS_BETWEEN_ROUNDS", 0)
+    ticks[0] += 31
+    clock.advance(31)
+    with pytest.raises(EnoughError):
+        asyncio.run(main._housekeeping(ctx))
+    assert asked == [True, False, False, False]
 
 
 def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing_up(tmp_path: Any) -> None:

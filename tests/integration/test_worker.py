@@ -620,6 +620,62 @@ def test_a_clock_that_is_set_by_an_hour_costs_no_attempt(bench: Bench, seconds: 
     assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 1)
 
 
+# While the database is away -----------------------------------------------------------------------
+def once(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, before: Callable[[], Any] = lambda: None) -> None:
+    """The next call of `place.name` finds the database away."""
+    real, calls = getattr(place, name), []
+
+    def away(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            return real(*given, **named)
+        before()
+        raise AWAY
+
+    monkeypatch.setattr(place, name, away)
+
+
+def test_a_sign_of_life_that_nobody_takes_costs_no_attempt(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_due(_child: FakeChild) -> None:
+        bench.supervisor._seen = float("-inf")
+        once(monkeypatch, catalog, "saw_worker")
+
+    job = bench.attempt(progress("train", 0.5), is_due, progress("train", 0.6), leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+
+
+def test_a_database_that_goes_away_right_after_a_claim_costs_no_attempt(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = jobs.claim
+
+    def claim(*given: Any) -> Any:
+        claimed = real(*given)
+        once(monkeypatch, bench.db, "read")
+        return claimed
+
+    monkeypatch.setattr(jobs, "claim", claim)
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+
+
+def test_a_lease_renewed_after_an_outage_counts_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "_STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 0.0)
+    bench, found = Bench(tmp_path, lease_seconds=2), []
+
+    def renewed(child: FakeChild) -> None:
+        if bench.clock() == START:  # not yet: a renewal is due once two thirds of a second have gone by
+            child.steps.insert(0, renewed)
+        else:
+            found.append(bench.job.lease_expires_at)
+
+    once(monkeypatch, jobs, "renew", lambda: bench.clock.advance(40))
+    bench.attempt(renewed, leaves(), RESULT)
+    assert found == [START + timedelta(seconds=42)]
+    bench.db.close()
+
+
 def test_just_started_nobody_is_sure_of_the_clock() -> None:
     """It may have been set right before, and those at work renew by the new time within a lease."""
     clock, ticks = StillClock(), [0.0]
