@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from service.core import logs
 from service.core.clock import Clock, Steadiness, utc_now
@@ -98,7 +98,7 @@ class Supervisor:
             self._seen = time.monotonic()
             try:
                 catalog.saw_worker(self.db, self.id, self._started, self.clock())
-            except OperationalError as error:
+            except DBAPIError as error:
                 if not self.looked_in_vain(error):
                     raise
 
@@ -137,10 +137,13 @@ class Attempt:
                 child.kill()
             self._finish(child)
         except Exception as error:
-            if not disk_is_full(error):
+            full, stops = disk_is_full(error), self.supervisor.stop.is_set()
+            if not full and not isinstance(error, StorageUnavailable):
                 raise
             self._cancelling = self._write(jobs.status_under) == "cancelling"
-            self._ends = {} if self.supervisor.stop.is_set() else {"error": DISK_FULL}
+            if not (full or stops or self._cancelling):
+                raise
+            self._ends = {} if stops else {"error": DISK_FULL}
             self._end(None)
 
     def _stage(self) -> None:
@@ -378,17 +381,23 @@ class Attempt:
     def _patiently(self, ask: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
         """What it gives. A server that is away is waited for: the child works on meanwhile.
 
-        Whoever took the job since is safe from it, as from any write that comes late.
+        Whoever took the job since is safe from it, as from any write that comes late. A job that is cancelled while the
+        storage is away does not wait for it.
         """
         while True:
             try:
                 return ask(*given, **named)
-            except (OperationalError, StorageUnavailable) as error:
-                away = isinstance(error, StorageUnavailable) or self.supervisor.looked_in_vain(error)
-                if self.supervisor.stop.is_set() or not away:
+            except (DBAPIError, StorageUnavailable) as error:
+                stores = isinstance(error, StorageUnavailable)
+                if self.supervisor.stop.is_set() or not (stores or self.supervisor.looked_in_vain(error)):
                     raise
-                log.warning("the database or the storage does not answer; asking again")
+                log.warning("the %s does not answer; asking again", "storage" if stores else "database")
                 self.supervisor.stop.wait(_AWAY_SECONDS)
+                self._last_heard = time.monotonic()  # what the child has said meanwhile is still to be heard
+                if stores:
+                    self._keep_lease()
+                    if self._cancelling:
+                        raise
 
     def _fail(self, error: dict[str, Any]) -> None:
         log.warning("failed: %s", error["code"])

@@ -206,6 +206,8 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            raise PermissionError(f"{error}. The storage needs keys of its own: docs/several-machines.md.") from error
         if not _CLIENTS.isdisjoint(kind.__module__.partition(".")[0] for kind in type(error).__mro__):
             raise StorageUnavailable("The storage does not answer. Ask again in a moment.") from error
         raise

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 
 from service.core import logs
 from service.core.clock import Steadiness
-from service.core.errors import DISK_FULL
+from service.core.errors import DISK_FULL, StorageUnavailable
 from service.core.settings import Settings
 from service.core.spec import JobSpec
 from service.db import catalog, garbage, jobs
@@ -674,6 +675,46 @@ def test_a_lease_renewed_after_an_outage_counts_from_its_end(tmp_path: Path, mon
     bench.attempt(renewed, leaves(), RESULT)
     assert found == [START + timedelta(seconds=42)]
     bench.db.close()
+
+
+def test_an_outage_longer_than_a_child_may_be_silent_does_not_end_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks, silence = [0.0], bench.supervisor.settings.silence_seconds
+
+    def outage(_child: FakeChild) -> None:
+        once(monkeypatch, jobs, "status_under", lambda: ticks.append(ticks[-1] + silence + 1))
+
+    monkeypatch.setattr(supervisor_module, "time", SimpleNamespace(monotonic=lambda: ticks[-1]))
+    job = bench.attempt(progress("train", 0.5), outage, progress("train", 0.6), leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+    assert len(ticks) == 2
+
+
+@pytest.mark.parametrize("when", ["staging", "training", "publishing"])
+@pytest.mark.parametrize(
+    ("why", "status", "failures"), [("cancel", "cancelled", 0), ("lose_lease", "queued", 1), ("stop", "queued", 0)]
+)
+def test_whoever_waits_for_the_storage_still_listens(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, when: str, why: str, status: str, failures: int
+) -> None:
+    tries: list[int] = []
+    say = bench.supervisor.stop.set if why == "stop" else lambda: getattr(bench, why)(None)
+
+    def away(*_given: Any) -> None:
+        tries.append(1)
+        if len(tries) == 3:
+            say()
+        if len(tries) > 5:
+            raise AssertionError("it goes on asking")
+        raise StorageUnavailable("The storage does not answer.")
+
+    monkeypatch.setattr(bench.storage, "fetch" if when == "staging" else "put", away)
+    monkeypatch.setattr(bench.storage, "delete", away)
+    bench.scripts.append(([part(0), progress("train", 0.5)] if when == "training" else [leaves(), RESULT], None))
+    assert bench.supervisor.work_once(bench.folder / "work")
+    assert (bench.job.status, bench.job.failures) == (status, failures)
+    assert all(child.killed or not child.steps for child in bench.children)
 
 
 def test_just_started_nobody_is_sure_of_the_clock() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from service.core.errors import StorageUnavailable
 from service.storage import Storage
 from tests.storing import put_folder
+from worker.__main__ import main as worker
 
 BYTES = bytes(range(256)) * 10
 
@@ -284,6 +285,25 @@ def test_an_object_store_that_is_away_is_told_as_such_and_a_bucket_that_is_not_t
         with pytest.raises(StorageUnavailable) as caught:
             ask()
         assert isinstance(caught.value, OSError)
+
+
+def test_without_keys_nobody_waits_and_a_worker_does_not_start(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    given = {
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/none", "AWS_SHARED_CREDENTIALS_FILE": "/none",
+        "TUNEPROOF_DATA_DIR": str(tmp_path), "TUNEPROOF_STORAGE_URL": f"s3://{bucket}/here",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PermissionError, match="credentials"):
+        Storage(given["TUNEPROOF_STORAGE_URL"]).open("a")
+    assert worker() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("TUNEPROOF_STORAGE_URL cannot be used")
+    assert "Traceback" not in said
 
 
 def test_a_url_that_nothing_serves_is_one_line() -> None:
