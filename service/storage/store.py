@@ -18,8 +18,12 @@ from service.core.errors import StorageUnavailable
 _CHUNK = 1 << 20
 # Of the clients that keep listings and read far ahead: others write too, and most files are smaller than that.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"use_listings_cache": False, "default_block_size": 8 << 20, "skip_instance_cache": True},
-}
+    "s3": {
+        "use_listings_cache": False, "default_block_size": 8 << 20, "skip_instance_cache": True,
+        # s3fs tries five times itself, so a host that answers nothing would take minutes by botocore's own five.
+        "config_kwargs": {"connect_timeout": 3, "read_timeout": 15, "retries": {"max_attempts": 1}},
+    },
+}  # fmt: skip
 _CLIENTS = {"botocore", "aiohttp", "fsspec"}
 _KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
@@ -208,9 +212,19 @@ def _reaching() -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             raise PermissionError(f"{error}. The storage needs keys of its own: docs/several-machines.md.") from error
-        if not _CLIENTS.isdisjoint(kind.__module__.partition(".")[0] for kind in type(error).__mro__):
+        if _is_away(error) or not _CLIENTS.isdisjoint(
+            kind.__module__.partition(".")[0] for kind in type(error).__mro__
+        ):
             raise StorageUnavailable("The storage does not answer. Ask again in a moment.") from error
         raise
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the store says so itself: s3fs makes a plain OSError of that, and of every other answer."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), answer.get("Error", {}).get("Code")
+    away = status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout")
+    return away or isinstance(error, TimeoutError | ConnectionError)
 
 
 def _sync_folders(folder: Path, root: Path) -> None:

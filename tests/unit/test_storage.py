@@ -5,7 +5,9 @@ import hashlib
 import io
 import os
 import socket
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +287,36 @@ def test_an_object_store_that_is_away_is_told_as_such_and_a_bucket_that_is_not_t
         with pytest.raises(StorageUnavailable) as caught:
             ask()
         assert isinstance(caught.value, OSError)
+
+
+class Overrun(BaseHTTPRequestHandler):
+    """Answers each request as S3 does that has no time."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):
+            return lambda: self.send_error(self.server.status)  # type: ignore[attr-defined]
+        raise AttributeError(name)
+
+    def log_message(self, *_given: Any) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_an_object_store_that_says_that_it_is_away_is_believed(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), Overrun) as server:
+        server.status = status  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        away = Storage(f"s3://{bucket}/here")
+        away._fs.retries = 1
+        try:
+            for ask in (lambda: put(away, "a"), lambda: away.open("a"), away.probe):
+                with pytest.raises(StorageUnavailable):
+                    ask()
+        finally:
+            server.shutdown()
 
 
 def test_without_keys_nobody_waits_and_a_worker_does_not_start(
