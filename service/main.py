@@ -36,6 +36,7 @@ from service.api.predict import served_model
 from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
 from service.core import logs
 from service.core.clock import Clock, utc_now
+from service.core.errors import StorageUnavailable
 from service.core.settings import Settings
 from service.core.spec import JobSpec
 from service.db import catalog, garbage, idempotency, sessions
@@ -166,6 +167,9 @@ def _round(context: Context, forgets: bool = True) -> None:
     for garbage_id, prefix in garbage.due(context.db, now):
         try:
             context.storage.delete(prefix)
+        except StorageUnavailable as error:  # each more would wait as long
+            log.warning("%s", error)
+            return
         except OSError as error:
             log.warning("%s cannot be deleted yet (%s)", prefix, type(error).__name__)
             garbage.postpone(context.db, garbage_id, now + _BEFORE_TRYING_AGAIN)

@@ -11,14 +11,14 @@ import pytest
 from fastapi.testclient import TestClient
 from psycopg import connect
 from sqlalchemy import select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 import worker.supervisor as supervisor_module
 from service.__main__ import main
 from service.core.clock import Steadiness
 from service.core.errors import AppError, Conflict, NotFound
 from service.db import catalog, jobs
-from service.db.engine import Database, migrate
+from service.db.engine import Database, is_away, migrate
 from service.db.models import ApiKey, Dataset, Job, Model
 from tests.databases import Server, address
 from tests.integration.conftest import LOOPBACK, make_app
@@ -191,6 +191,36 @@ def test_an_attempt_outlives_its_database_server(
     assert bounced.asked >= 2
     assert len(bench.rows(Model)) == 1
     bench.db.close()
+
+
+def test_a_server_that_only_reads_now_is_away_and_its_connections_are_left(server: Server, db: Database) -> None:
+    """As after a failover, where the name still leads to what has become the standby."""
+    add_job(db)
+    lease = claim(db).lease
+    with connect(db.url, autocommit=True) as admin:
+        admin.execute(f'ALTER DATABASE "{db.engine.url.database}" SET default_transaction_read_only = on')
+    db.engine.dispose()
+    with pytest.raises(DBAPIError) as caught:
+        jobs.renew(db, lease, START, 30)
+    assert is_away(caught.value)
+    with connect(db.url, autocommit=True) as admin:
+        admin.execute("SET default_transaction_read_only = off")
+        admin.execute(f'ALTER DATABASE "{db.engine.url.database}" RESET default_transaction_read_only')
+    assert jobs.renew(db, lease, START, 30) == "running"
+
+
+def test_nobody_waits_long_for_a_host_that_says_nothing(url: str) -> None:
+    database, own = Database(url, 3), Database(f"{url}&connect_timeout=7")
+    with database.read() as session, own.read() as other:
+        found = [one.connection().connection.driver_connection.info.get_parameters() for one in (session, other)]  # type: ignore[union-attr]
+    assert (found[0]["connect_timeout"], found[1]["connect_timeout"]) == ("10", "7")
+    assert found[0]["tcp_user_timeout"] == "30000"
+    database.close()
+    own.close()
+
+
+def test_a_url_without_a_database_takes_as_many_connections_as_any() -> None:
+    assert Database("postgresql://me@db.internal", 3).engine.pool.size() == 3  # type: ignore[attr-defined]
 
 
 def test_nobody_takes_a_job_whose_lease_ran_out_while_the_server_was_away(

@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 import worker.supervisor  # noqa: F401 -- errors that any room defines are to be known here
 from service.api.problems import status_of
 from service.core.clock import Steadiness
-from service.core.errors import AppError
+from service.core.errors import AppError, StorageUnavailable
 from service.db import garbage, jobs
 from service.main import _round
 from service.storage import Storage
@@ -273,6 +273,17 @@ def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing
     _round(ctx)
     assert not job_folders[0].exists()
     assert garbage.due(ctx.db, clock.now) == []
+
+
+def test_of_a_storage_that_is_away_each_round_asks_once(tmp_path: Any) -> None:
+    ctx = make_app(tmp_path / "data", clock=StillClock()).state.context
+    with ctx.db.write() as session:
+        for number in range(3):
+            garbage.discard(session, f"jobs/{number}", ctx.clock())
+    ctx.storage.delete = mock.Mock(side_effect=StorageUnavailable("The storage does not answer."))
+    _round(ctx)
+    assert ctx.storage.delete.call_count == 1
+    assert len(garbage.due(ctx.db, ctx.clock())) == 3
 
 
 def test_a_hundred_that_cannot_be_deleted_hold_nothing_up(tmp_path: Any) -> None:
