@@ -10,13 +10,15 @@ from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import psycopg
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 import worker.supervisor  # noqa: F401 -- errors that any room defines are to be known here
-from service.api.problems import status_of
+from service.api.problems import crashed, status_of
 from service.core.clock import Steadiness
 from service.core.errors import AppError, StorageUnavailable
 from service.db import garbage, jobs
@@ -197,6 +199,19 @@ def test_a_room_that_ends_by_an_error_is_told_in_the_log(
     assert words in said
     assert "ValueError" in said
     assert "private" not in said
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (psycopg.errors.DeadlockDetected, "being written to"), (psycopg.errors.LockNotAvailable, "being written to"),
+        (psycopg.errors.AdminShutdown, "did not answer"),
+    ],
+)  # fmt: skip
+def test_a_row_that_others_hold_is_not_told_as_a_server_that_is_away(cause: type[Exception], words: str) -> None:
+    answer = crashed(Request({"type": "http"}), OperationalError("UPDATE", None, cause()))
+    assert answer.status_code == 503
+    assert words in bytes(answer.body).decode()
 
 
 class EnoughError(BaseException):

@@ -691,6 +691,25 @@ def test_an_outage_longer_than_a_child_may_be_silent_does_not_end_it(
     assert len(ticks) == 2
 
 
+def test_an_announcement_that_is_made_twice_holds_no_publishing_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = garbage.announce
+    once(monkeypatch, garbage, "announce")
+    first, calls = garbage.announce, []
+
+    def announce(*given: Any) -> None:
+        if not calls:
+            real(*given)  # it arrives, and the answer to it does not
+        calls.append(1)
+        first(*given)
+
+    monkeypatch.setattr(garbage, "announce", announce)
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+    assert not [row for row in bench.rows(Garbage) if row.prefix.startswith("models/")]
+
+
 @pytest.mark.parametrize("when", ["staging", "training", "publishing"])
 @pytest.mark.parametrize(
     ("why", "status", "failures"), [("cancel", "cancelled", 0), ("lose_lease", "queued", 1), ("stop", "queued", 0)]
