@@ -21,9 +21,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "use_listings_cache": False, "default_block_size": 8 << 20, "skip_instance_cache": True,
         # s3fs tries five times itself, so a host that answers nothing would take minutes by botocore's own five.
-        "config_kwargs": {"connect_timeout": 3, "read_timeout": 15, "retries": {"max_attempts": 1}},
+        # Links are signed by version 2 unless told, which new buckets of Amazon's refuse.
+        "config_kwargs": {
+            "connect_timeout": 3, "read_timeout": 15, "retries": {"max_attempts": 1}, "signature_version": "s3v4",
+        },
     },
 }  # fmt: skip
+_ROUNDS = 10  # of deleting what is still there
 _CLIENTS = {"botocore", "aiohttp", "fsspec"}
 _KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
@@ -134,9 +138,13 @@ class Storage:
         """Deletes a key or everything below it; what is not there is no error."""
         path = self._path(prefix)
         with _reaching():
-            while self._fs.exists(path):  # where somebody else deletes it too, `rm` stops at what is gone already
+            for _ in range(_ROUNDS):  # where somebody else deletes it too, `rm` stops at what is gone already
+                if not self._fs.exists(path):
+                    return
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm(path, recursive=True)
+        # s3fs does not say what a store refuses to delete.
+        raise PermissionError(f"{prefix} is still there: deleting takes s3:DeleteObject, or the folder's permissions")
 
     def link(self, key: str, seconds: int, **answered: str) -> str | None:
         """A URL that gives this file to whoever has it, for so long; None where the storage signs none.
@@ -174,8 +182,9 @@ class Storage:
                     os.fsync(target.fileno())
         except FileExistsError:
             # A client that lost the answer sends again, and finds its own bytes there.
-            if hashlib.sha256(b"".join(self.chunks(key))).digest() != digest.digest():
-                raise
+            with self.open(key) as there:
+                if hashlib.file_digest(there, "sha256").digest() != digest.digest():  # type: ignore[arg-type]
+                    raise
         if self._local:
             _sync_folders(Path(path).parent, Path(self._root))
         elif self._fs.info(path)["size"] != size:

@@ -197,6 +197,14 @@ def test_what_two_delete_at_once_is_gone_when_either_returns(storage: Storage, m
             storage.open(f"jobs/1/{name}")
 
 
+def test_what_the_store_does_not_delete_is_told(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs passes over the keys that a store refuses to delete."""
+    put(storage, "jobs/1/a")
+    monkeypatch.setattr(storage._fs, "rm", lambda _path, recursive: None)
+    with pytest.raises(PermissionError, match="s3:DeleteObject"):
+        storage.delete("jobs/1")
+
+
 def test_a_key_that_is_gone_is_told_before_the_first_byte_is_asked_for(storage: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         storage.chunks("jobs/1/a")
@@ -265,6 +273,7 @@ def test_a_link_gives_the_file_to_whoever_has_it(in_s3: Storage, storage: Storag
     put(in_s3, "jobs/1/a")
     link = in_s3.link("jobs/1/a", 60, ResponseContentType="text/csv")
     assert link is not None
+    assert "X-Amz-Signature" in link
     answer = httpx.get(link)
     assert (answer.content, answer.headers["content-type"]) == (BYTES, "text/csv")
     if "s3" not in storage._fs.protocol:
