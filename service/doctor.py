@@ -302,7 +302,7 @@ def _storage(settings: Settings) -> Iterator[Finding]:
         finally:
             storage.delete(key)
     except Exception as error:  # noqa: BLE001 -- every driver has its own
-        todo = "Is it there, may this user write to it, is its driver installed? See TUNEPROOF_STORAGE_URL."
+        todo = "Is it there, may this user write and delete there, is its driver installed? See TUNEPROOF_STORAGE_URL."
         yield Finding("fail", "storage", f"{what} cannot be used ({type(error).__name__})", todo)
     else:
         if read == b"doctor":

@@ -36,11 +36,12 @@ from service.api.predict import served_model
 from service.api.schemas import AliasIn, DatasetForm, KeyIn, PredictIn, Problem, SessionIn
 from service.core import logs
 from service.core.clock import Clock, utc_now
+from service.core.errors import StorageUnavailable
 from service.core.settings import Settings
 from service.core.spec import JobSpec
 from service.db import catalog, garbage, idempotency, sessions
 from service.db import jobs as job_queue
-from service.db.engine import Database, migrate, take_turns
+from service.db.engine import Database, is_away, migrate, take_turns
 from service.db.models import Model
 from service.inference.handle import EngineHandle
 from service.inference.wire import ServedModel
@@ -143,7 +144,9 @@ async def _housekeeping(context: Context) -> None:
     for number in itertools.count():
         try:
             await run_in_threadpool(_round, context, number % _ROUNDS_BETWEEN_FORGETTING == 0)
-        except Exception:
+        except Exception as error:
+            if is_away(error):  # nor could those at work renew
+                context.steady.doubt()
             log.exception("housekeeping failed; it is tried again")
         await asyncio.sleep(_SECONDS_BETWEEN_ROUNDS)
 
@@ -152,6 +155,7 @@ def _round(context: Context, forgets: bool = True) -> None:
     now, settings = context.clock(), context.settings
     grace = timedelta(seconds=settings.delete_grace_seconds)
     if not context.steady():  # those at work have had no time to renew by a clock that was set, and it may be set back
+        garbage.due(context.db, now)  # asked all the same: what is away is to be noticed for as long as it is
         return
     job_queue.reap(context.db, now, settings.max_attempts, grace)
     if forgets:  # they need the database's write lock each time, and what is over is refused without
@@ -163,6 +167,9 @@ def _round(context: Context, forgets: bool = True) -> None:
     for garbage_id, prefix in garbage.due(context.db, now):
         try:
             context.storage.delete(prefix)
+        except StorageUnavailable as error:  # each more would wait as long
+            log.warning("%s", error)
+            return
         except OSError as error:
             log.warning("%s cannot be deleted yet (%s)", prefix, type(error).__name__)
             garbage.postpone(context.db, garbage_id, now + _BEFORE_TRYING_AGAIN)

@@ -21,7 +21,7 @@ from service.core.settings import Settings
 from service.core.webhooks import host_of, refuse_webhook
 from service.db import jobs, outbox
 from service.db.engine import Database
-from service.db.models import Delivery
+from service.db.models import Delivery, Job
 
 MAX_ATTEMPTS = 10
 _FIRST_RETRY_SECONDS = 10.0  # tripled each time: 10 attempts take some 27 hours
@@ -130,6 +130,9 @@ class Webhooks:
             message = f"webhook to {host}, attempt {attempt}: {outcome.words}; again in {wait.total_seconds():.0f} s"
         data = {"webhook_id": delivery.id, "attempt": attempt, "status": outcome.status}
         with self._db.write() as session:
+            # The job first: whoever deletes it locks it, and then what hangs on it.
+            if session.get(Job, delivery.job_id, with_for_update={"read": True}) is None:
+                return
             # Not ours any more where the lease ran out, or the job was deleted: then there is nothing to say either.
             if outbox.settle(session, delivery, None if wait is None else now + wait):
                 jobs.add_event(session, delivery.job_id, "message", message, now, level=level, data=data)

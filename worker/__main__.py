@@ -1,10 +1,12 @@
 """`python -P -m worker`: one worker, until SIGTERM or Ctrl-C."""
 
+import logging
 import signal
 import sys
 from pathlib import Path
 
 from service.core import logs
+from service.core.errors import StorageUnavailable
 from service.core.settings import Settings, settings_in_use
 from service.db.engine import migrate
 from worker.launch import Child, Launcher, LocalChild, LocalTeam, processes_for
@@ -16,15 +18,26 @@ def main() -> int:
         settings = settings_in_use()
         logs.configure(settings.log_level, settings.log_format)
         migrate(settings.resolved_database_url)
-        launcher = _launcher(settings)
+        supervisor = _supervisor(settings)
     except RuntimeError as error:  # settings that cannot work, or a database newer than this code
         print(error, file=sys.stderr)  # noqa: T201
         return 2
-    supervisor = Supervisor(settings, launcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: supervisor.stop.set())
     supervisor.run()
     return 0
+
+
+def _supervisor(settings: Settings) -> Supervisor:
+    """Raises RuntimeError where the storage cannot be used from here: one job after the other would be lost by that."""
+    supervisor = Supervisor(settings, _launcher(settings))
+    try:
+        supervisor.storage.probe()
+    except StorageUnavailable as error:
+        logging.getLogger("tuneproof.worker").warning("%s", error)  # it is waited for
+    except OSError as error:
+        raise RuntimeError(f"TUNEPROOF_STORAGE_URL cannot be used: {error}") from error
+    return supervisor
 
 
 def _launcher(settings: Settings) -> Launcher:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 
 from service.core import logs
 from service.core.clock import Clock, Steadiness, utc_now
@@ -40,6 +40,7 @@ _AWAY_SECONDS = 1.0  # between two questions to a database that is away
 _FRAME = re.compile(r'  File "[^"]+", line [0-9]+, in [\w<>.]+')
 log = logging.getLogger("tuneproof.worker")
 Answer = TypeVar("Answer")
+Row = TypeVar("Row", Dataset, Model)
 
 
 class Supervisor:
@@ -63,8 +64,9 @@ class Supervisor:
             while not self.stop.is_set():
                 try:
                     worked = self.work_once(folder)
-                except Exception:
+                except Exception as error:
                     # The database or the storage is away: the lease runs out and the job is taken up again.
+                    self.looked_in_vain(error)
                     log.exception("the worker stumbled; it goes on in a moment")
                     worked = False
                 if not worked:
@@ -91,10 +93,20 @@ class Supervisor:
         return True
 
     def show_life(self) -> None:
-        """Says, now and then, that this worker is there."""
+        """Says, now and then, that this worker is there, unless the database is away."""
         if time.monotonic() - self._seen > 10:
             self._seen = time.monotonic()
-            catalog.saw_worker(self.db, self.id, self._started, self.clock())
+            try:
+                catalog.saw_worker(self.db, self.id, self._started, self.clock())
+            except DBAPIError as error:
+                if not self.looked_in_vain(error):
+                    raise
+
+    def looked_in_vain(self, error: Exception) -> bool:
+        """Whether the database is away: nobody could renew then, and is given time to before a lease counts as over."""
+        if is_away(error):
+            self.steady.doubt()
+        return is_away(error)
 
 
 class Attempt:
@@ -125,18 +137,20 @@ class Attempt:
                 child.kill()
             self._finish(child)
         except Exception as error:
-            if not disk_is_full(error):
+            full, stops = disk_is_full(error), self.supervisor.stop.is_set()
+            if not full and not isinstance(error, StorageUnavailable):
                 raise
             self._cancelling = self._write(jobs.status_under) == "cancelling"
-            self._ends = {} if self.supervisor.stop.is_set() else {"error": DISK_FULL}
+            if not (full or stops or self._cancelling):
+                raise
+            self._ends = {} if stops else {"error": DISK_FULL}
             self._end(None)
 
     def _stage(self) -> None:
         """Fetches the dataset, the model that is to label it, and the last checkpoint into the child's folder."""
         predicts, spec = self.claimed.kind == "predict", self.claimed.spec
-        with self.db.read() as session:
-            dataset = session.get(Dataset, self.claimed.dataset_id)
-            model = session.get(Model, spec["model"]) if predicts else None
+        dataset = self._patiently(self._row, Dataset, self.claimed.dataset_id)
+        model = self._patiently(self._row, Model, spec["model"]) if predicts else None
         if dataset is None or (predicts and model is None):
             # Not possible while the job is open; a restored backup may do it.
             gone, hint = ("dataset", "Upload it again.") if dataset is None else ("model", "Name another one.")
@@ -146,6 +160,10 @@ class Attempt:
         with self._renewing():
             self._patiently(self._fetch, dataset, model)
         self._write_job(dataset)
+
+    def _row(self, table: type[Row], row_id: str) -> Row | None:
+        with self.db.read() as session:
+            return session.get(table, row_id)
 
     def _fetch(self, dataset: Dataset, model: Model | None) -> None:
         self.storage.fetch(dataset.storage_key, self.place / "dataset")
@@ -235,7 +253,7 @@ class Attempt:
         def renew() -> None:
             with contextlib.suppress(LeaseLost):
                 while not done.wait(self.settings.lease_seconds / 3):
-                    self._write(jobs.renew, self._now(), self.settings.lease_seconds)
+                    self._renew()
 
         thread = threading.Thread(target=renew)
         thread.start()
@@ -253,10 +271,14 @@ class Attempt:
         self.supervisor.show_life()
         if now - self._renewed > self.settings.lease_seconds / 3:
             self._renewed = now
-            status = self._write(jobs.renew, self._now(), self.settings.lease_seconds)
+            status = self._renew()
         else:
             status = self._write(jobs.status_under)
         self._cancelling = status == "cancelling"
+
+    def _renew(self) -> str:
+        """The time is that of each try: a lease that counts from before an outage may be over by its end."""
+        return self._patiently(lambda: jobs.renew(self.db, self.lease, self._now(), self.settings.lease_seconds))
 
     def _stop_where_due(self, child: Child) -> None:
         if not self._cancelling and not self.supervisor.stop.is_set():
@@ -296,7 +318,7 @@ class Attempt:
     def _publish(self, result: dict[str, Any]) -> None:
         """Bytes first, then the one transaction that makes them visible; a cancel that came first wins."""
         self._report(progress=Progress("publish", 0.98, "publishing", 1.0))
-        summary, prefixes = result["summary"], [self.lease.prefix]
+        summary, announced = result["summary"], list[str]()
         try:
             artifacts = [
                 NewArtifact(name, stored.size_bytes, stored.sha256, stored.key, name in TEXT_ARTIFACTS)
@@ -305,14 +327,17 @@ class Attempt:
             models = []
             for made in result["models"]:
                 model_id = new_id("mdl")
-                prefixes.append(f"models/{model_id}")
+                announced.append(f"models/{model_id}")
                 models.append(self._put_model(model_id, self.place / made["folder"], made["method"], summary))
             self._write(jobs.publish, artifacts, models, summary, self._now(), self.supervisor.grace)
         except LeaseLost:
             if self._write(jobs.was_published):
                 return
-            for prefix in prefixes:
-                self.storage.delete(prefix)
+            for (
+                prefix
+            ) in announced:  # never deleted from here: models outlive their job, by which alone one looks above
+                self._patiently(garbage.give_up, self.db, prefix, self._now())
+            self.storage.delete(self.lease.prefix)
             self._write(jobs.confirm_cancelled, self._now(), self.supervisor.grace)
 
     def _put_model(self, model_id: str, folder: Path, method: str, summary: dict[str, Any]) -> NewModel:
@@ -356,16 +381,23 @@ class Attempt:
     def _patiently(self, ask: Callable[..., Answer], *given: Any, **named: Any) -> Answer:
         """What it gives. A server that is away is waited for: the child works on meanwhile.
 
-        Whoever took the job since is safe from it, as from any write that comes late.
+        Whoever took the job since is safe from it, as from any write that comes late. A job that is cancelled while the
+        storage is away does not wait for it.
         """
         while True:
             try:
                 return ask(*given, **named)
-            except (OperationalError, StorageUnavailable) as error:
-                if self.supervisor.stop.is_set() or not (isinstance(error, StorageUnavailable) or is_away(error)):
+            except (DBAPIError, StorageUnavailable) as error:
+                stores = isinstance(error, StorageUnavailable)
+                if self.supervisor.stop.is_set() or not (stores or self.supervisor.looked_in_vain(error)):
                     raise
-                log.warning("the database or the storage does not answer; asking again")
+                log.warning("the %s does not answer; asking again", "storage" if stores else "database")
                 self.supervisor.stop.wait(_AWAY_SECONDS)
+                self._last_heard = time.monotonic()  # what the child has said meanwhile is still to be heard
+                if stores:
+                    self._keep_lease()
+                    if self._cancelling:
+                        raise
 
     def _fail(self, error: dict[str, Any]) -> None:
         log.warning("failed: %s", error["code"])

@@ -88,10 +88,13 @@ def crashed(request: Request, error: Exception) -> Response:
     if errors.disk_is_full(error):
         detail = "The service's disk is full; nothing of this call was kept. Delete something, or give it more."
         return problem(request, 507, errors.LowDisk.code, detail)
-    if is_away(error):
+    cause = getattr(error, "orig", None)
+    locked = getattr(cause, "sqlite_errorname", "").startswith("SQLITE_BUSY") or (
+        getattr(cause, "sqlstate", None) in ("40P01", "55P03")  # PostgreSQL's deadlock, and a lock waited for too long
+    )
+    if is_away(error) and not locked:
         detail = "The service's database did not answer; nothing of this call was kept. Ask again in a moment."
         return problem(request, 503, errors.Busy.code, detail)
-    locked = getattr(getattr(error, "orig", None), "sqlite_errorname", "").startswith("SQLITE_BUSY")
     if locked or isinstance(error, NoConnection):
         detail = "The database was being written to all the time that this call waited for it. Ask again in a moment."
         return problem(request, 503, errors.Busy.code, detail)

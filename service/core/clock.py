@@ -34,5 +34,9 @@ class Steadiness:
             self._jumped = self._monotonic()
         return self._monotonic() - self._jumped > self._seconds
 
+    def doubt(self) -> None:
+        """Counts as a jump: something else kept others from doing by this clock what they were to do."""
+        self._jumped = self._monotonic()
+
     def _difference(self) -> float:
         return self._clock().timestamp() - self._monotonic()

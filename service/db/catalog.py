@@ -119,11 +119,12 @@ def pointed_to(session: Session, alias: str, *, lock: bool = False) -> str | Non
 def point_alias(session: Session, alias: str, model_id: str, now: datetime) -> Alias:
     """Points an alias to a model, in one step for every reader."""
     get_model(session, model_id)
-    row = session.get(Alias, alias)
+    row = session.get(Alias, alias, with_for_update=True)
     if row is None:
         row = Alias(alias=alias, model_id=model_id, updated_at=now)
         session.add(row)
     row.model_id, row.updated_at = model_id, now
+    session.flush()  # of two that make it at once, one ends here: the newest move is always where it points
     session.add(AliasMove(alias=alias, model_id=model_id, created_at=now))
     return row
 

@@ -8,13 +8,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.core.errors import NotFound
 
 BUSY_TIMEOUT_SECONDS = 30
+# The server is a standby now, or had enough of waiting for us: the statement may do on a new connection.
+_LEFT = {"25006", "25P03"}
+# A host that vanishes says nothing; without these the kernel waits a quarter of an hour, or two where it is idle.
+_LIMITS = {
+    "connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}  # fmt: skip
 _MIGRATING = 0x74756E65  # PostgreSQL's advisory locks go by number
 Row = TypeVar("Row")
 
@@ -37,6 +44,7 @@ class Database:
             self._reading = self.engine
         else:
             event.listen(self.engine, "connect", _postgresql_limits)
+            event.listen(self.engine, "handle_error", _leave)
             self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._writing = self.engine.execution_options(writes=True)
 
@@ -62,11 +70,13 @@ class Database:
 def engine_of(url: str, connections: int = 15) -> Engine:
     """An engine with at most so many connections. Raises RuntimeError, as `Database` does."""
     found = with_driver(url)
+    server = found.get_backend_name() == "postgresql"
+    limits = {name: value for name, value in _LIMITS.items() if name not in found.query} if server else {}
     try:
         # Parameters hold users' texts; they must not stand in an error's message.
         return create_engine(
-            found, hide_parameters=True, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_SECONDS,
-            **({"pool_size": connections, "max_overflow": 0} if found.database else {}),
+            found, hide_parameters=True, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_SECONDS, connect_args=limits,
+            **({"pool_size": connections, "max_overflow": 0} if server or found.database else {}),
         )  # fmt: skip
     except ModuleNotFoundError as error:
         raise RuntimeError(
@@ -97,7 +107,8 @@ def is_away(error: BaseException) -> bool:
 
     A SQLite file is never away.
     """
-    return isinstance(error, OperationalError) and not isinstance(error.orig, sqlite3.Error)
+    left = isinstance(error, DBAPIError) and getattr(error.orig, "sqlstate", None) in _LEFT
+    return left or (isinstance(error, OperationalError) and not isinstance(error.orig, sqlite3.Error))
 
 
 def take_turns(session: Session, name: str) -> None:
@@ -203,6 +214,11 @@ def _postgresql_limits(connection: Any, _record: Any) -> None:
     for name, seconds in (("lock_timeout", BUSY_TIMEOUT_SECONDS), ("idle_in_transaction_session_timeout", 300)):
         connection.execute(f"SET {name} = '{seconds}s'")
     connection.commit()
+
+
+def _leave(context: ExceptionContext) -> None:
+    if getattr(context.original_exception, "sqlstate", None) in _LEFT:
+        context.is_disconnect = True
 
 
 def _sqlite_begin(connection: Connection) -> None:

@@ -6,9 +6,8 @@ the two leaves garbage that is collected a day later, not a leak.
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
-from sqlalchemy import CursorResult, delete, select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from service.core.errors import Conflict
@@ -32,8 +31,9 @@ def announce(db: Database, prefix: str, now: datetime) -> None:
 
 def named(session: Session, prefixes: Sequence[str]) -> None:
     """In the transaction that names what was announced. Raises Conflict where it has been collected since."""
-    found: CursorResult[Any] = session.execute(delete(Garbage).where(Garbage.prefix.in_(prefixes)))  # type: ignore[assignment]
-    if found.rowcount != len(prefixes):
+    # By name: an announcement whose answer was lost is there twice.
+    found = session.scalars(delete(Garbage).where(Garbage.prefix.in_(prefixes)).returning(Garbage.prefix))
+    if set(found) != set(prefixes):
         raise Conflict(f"Storing it took longer than {UNNAMED}, so it was given up. Send it again.")
 
 

@@ -70,11 +70,12 @@ def claim(db: Database, caller: str, key: str, request_sha256: str, now: datetim
             row = session.get(IdempotentAnswer, where, with_for_update=True)
             if row is not None and not _is_free(row, now):
                 return _answer(row, mine)
-            session.merge(
-                IdempotentAnswer(
-                    **asdict(mine), created_at=now, taken_until=now + HELD, status=None, body=None, location=None
-                )
-            )
+            taken = {"created_at": now, "taken_until": now + HELD, "status": None, "body": None, "location": None}
+            if row is None:  # no merge: it would look again, and overwrite an answer that was given since
+                session.add(IdempotentAnswer(**asdict(mine), **taken))
+            else:
+                for name, value in (asdict(mine) | taken).items():
+                    setattr(row, name, value)
     except IntegrityError:
         return None  # another took it in the same moment
     return mine

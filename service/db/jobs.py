@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from service.core.errors import Conflict, LeaseLost, QueueFull
@@ -95,7 +95,8 @@ def submit(
 
 
 def refuse_on_full_queue(session: Session, most: int) -> None:
-    """Raises QueueFull where `most` jobs wait for a worker already."""
+    """Raises QueueFull where `most` jobs wait for a worker already; until this transaction ends nobody else counts."""
+    take_turns(session, "the queue")
     if session.scalars(select(func.count()).where(Job.status == "queued")).one() >= most:
         raise QueueFull(
             f"As many jobs wait for a worker as may, {most} (TUNEPROOF_MAX_QUEUED_JOBS). Ask again in a minute, or "
@@ -292,10 +293,13 @@ def cancel(session: Session, job_id: str, now: datetime) -> Job:
 
 def retry(session: Session, job_id: str, now: datetime) -> Job:
     """Queues a failed or cancelled job again; it goes on from its last checkpoint. Raises NotFound, Conflict."""
+    dataset_id = get(session, job_id).dataset_id
+    # Before the job, as where the dataset is deleted; it stays until the job is queued.
+    dataset = session.get(Dataset, dataset_id, with_for_update={"read": True})
     job = get(session, job_id, lock=True)
     if job.status not in ("failed", "cancelled"):
         raise Conflict(f"Only a failed or cancelled job can be retried; this one is {job.status}.")
-    if session.get(Dataset, job.dataset_id) is None:
+    if dataset is None:
         raise Conflict("The job's dataset was deleted. Upload it again and start a new job.")
     if job.model_id is not None and session.get(Model, job.model_id, with_for_update={"read": True}) is None:
         raise Conflict("The model that the job predicts with was deleted. Start a new job with another one.")
@@ -330,16 +334,16 @@ def open_jobs_with(model_id: str) -> Select[str]:
 
 def drop_texts(session: Session, dataset_id: str, now: datetime, grace: timedelta) -> None:
     """Deletes the artifacts that hold texts of a dataset, of all its jobs."""
-    of_dataset = select(Job.id).where(Job.dataset_id == dataset_id)
-    found = session.scalars(select(Artifact).where(Artifact.job_id.in_(of_dataset), Artifact.holds_texts)).all()
-    for artifact in found:
-        garbage.discard(session, artifact.storage_key, now + grace)
-        session.delete(artifact)
+    options = {"synchronize_session": False}
     # A checkpoint holds weights, or texts that are labelled already; without the others the job cannot go on from it.
     # All of a job's are discarded: one whose attempt was lost before it was kept has no other trace.
-    for job in session.scalars(select(Job).where(Job.dataset_id == dataset_id)):
-        garbage.discard(session, f"jobs/{job.id}/checkpoints", now + grace)
-        job.checkpoint_prefix = None
+    # Statements, and jobs first: somebody else may be deleting one of them, and its artifacts with it.
+    kept = update(Job).where(Job.dataset_id == dataset_id).values(checkpoint_prefix=None).returning(Job.id)
+    job_ids = session.scalars(kept, execution_options=options).all()
+    texts = delete(Artifact).where(Artifact.job_id.in_(job_ids), Artifact.holds_texts).returning(Artifact.storage_key)
+    keys = session.scalars(texts, execution_options=options).all()
+    for prefix in (*keys, *(f"jobs/{job_id}/checkpoints" for job_id in job_ids)):
+        garbage.discard(session, prefix, now + grace)
 
 
 def add_event(

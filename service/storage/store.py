@@ -18,8 +18,16 @@ from service.core.errors import StorageUnavailable
 _CHUNK = 1 << 20
 # Of the clients that keep listings and read far ahead: others write too, and most files are smaller than that.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"use_listings_cache": False, "default_block_size": 8 << 20, "skip_instance_cache": True},
-}
+    "s3": {
+        "use_listings_cache": False, "default_block_size": 8 << 20, "skip_instance_cache": True,
+        # s3fs tries five times itself, so a host that answers nothing would take minutes by botocore's own five.
+        # Links are signed by version 2 unless told, which new buckets of Amazon's refuse.
+        "config_kwargs": {
+            "connect_timeout": 3, "read_timeout": 15, "retries": {"max_attempts": 1}, "signature_version": "s3v4",
+        },
+    },
+}  # fmt: skip
+_ROUNDS = 10  # of deleting what is still there
 _CLIENTS = {"botocore", "aiohttp", "fsspec"}
 _KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
@@ -130,9 +138,13 @@ class Storage:
         """Deletes a key or everything below it; what is not there is no error."""
         path = self._path(prefix)
         with _reaching():
-            while self._fs.exists(path):  # where somebody else deletes it too, `rm` stops at what is gone already
+            for _ in range(_ROUNDS):  # where somebody else deletes it too, `rm` stops at what is gone already
+                if not self._fs.exists(path):
+                    return
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm(path, recursive=True)
+        # s3fs does not say what a store refuses to delete.
+        raise PermissionError(f"{prefix} is still there: deleting takes s3:DeleteObject, or the folder's permissions")
 
     def link(self, key: str, seconds: int, **answered: str) -> str | None:
         """A URL that gives this file to whoever has it, for so long; None where the storage signs none.
@@ -170,8 +182,9 @@ class Storage:
                     os.fsync(target.fileno())
         except FileExistsError:
             # A client that lost the answer sends again, and finds its own bytes there.
-            if hashlib.sha256(b"".join(self.chunks(key))).digest() != digest.digest():
-                raise
+            with self.open(key) as there:
+                if hashlib.file_digest(there, "sha256").digest() != digest.digest():  # type: ignore[arg-type]
+                    raise
         if self._local:
             _sync_folders(Path(path).parent, Path(self._root))
         elif self._fs.info(path)["size"] != size:
@@ -206,9 +219,21 @@ def _reaching() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _CLIENTS.isdisjoint(kind.__module__.partition(".")[0] for kind in type(error).__mro__):
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            raise PermissionError(f"{error}. The storage needs keys of its own: docs/several-machines.md.") from error
+        if _is_away(error) or not _CLIENTS.isdisjoint(
+            kind.__module__.partition(".")[0] for kind in type(error).__mro__
+        ):
             raise StorageUnavailable("The storage does not answer. Ask again in a moment.") from error
         raise
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the store says so itself: s3fs makes a plain OSError of that, and of every other answer."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), answer.get("Error", {}).get("Code")
+    away = status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout")
+    return away or isinstance(error, TimeoutError | ConnectionError)
 
 
 def _sync_folders(folder: Path, root: Path) -> None:

@@ -10,13 +10,17 @@ from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import psycopg
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 import worker.supervisor  # noqa: F401 -- errors that any room defines are to be known here
-from service.api.problems import status_of
-from service.core.errors import AppError
+from service.api.problems import crashed, status_of
+from service.core.clock import Steadiness
+from service.core.errors import AppError, StorageUnavailable
 from service.db import garbage, jobs
 from service.main import _round
 from service.storage import Storage
@@ -197,13 +201,27 @@ def test_a_room_that_ends_by_an_error_is_told_in_the_log(
     assert "private" not in said
 
 
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (psycopg.errors.DeadlockDetected, "being written to"), (psycopg.errors.LockNotAvailable, "being written to"),
+        (psycopg.errors.AdminShutdown, "did not answer"),
+    ],
+)  # fmt: skip
+def test_a_row_that_others_hold_is_not_told_as_a_server_that_is_away(cause: type[Exception], words: str) -> None:
+    answer = crashed(Request({"type": "http"}), OperationalError("UPDATE", None, cause()))
+    assert answer.status_code == 503
+    assert words in bytes(answer.body).decode()
+
+
+class EnoughError(BaseException):
+    """Ends what goes on after every Exception."""
+
+
 def test_housekeeping_goes_on_after_an_error_and_forgets_at_every_twelfth_round(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service import main
-
-    class EnoughError(BaseException):
-        """Ends what goes on after every Exception."""
 
     rounds: list[bool] = []
 
@@ -216,6 +234,30 @@ def test_housekeeping_goes_on_after_an_error_and_forgets_at_every_twelfth_round(
     with pytest.raises(EnoughError):
         asyncio.run(main._housekeeping(make_app(tmp_path / "data").state.context))
     assert [number for number, forgets in enumerate(rounds) if forgets] == [0, 12, 24]
+
+
+def test_while_the_database_is_away_nobody_could_renew_so_housekeeping_gives_them_a_lease_more(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service import main
+
+    clock, ticks, asked = StillClock(), [0.0], []
+    ctx = make_app(tmp_path / "data", clock=clock).state.context
+    ctx.steady = Steadiness(clock, 30, lambda: ticks[0])
+
+    def due(*_given: Any) -> list[Any]:
+        asked.append(ctx.steady())
+        ticks[0] += 20
+        clock.advance(20)
+        raise OperationalError("SELECT", None, Exception("connection refused")) if len(asked) < 4 else EnoughError
+
+    monkeypatch.setattr(garbage, "due", due)
+    monkeypatch.setattr(main, "_SECONDS_BETWEEN_ROUNDS", 0)
+    ticks[0] += 31
+    clock.advance(31)
+    with pytest.raises(EnoughError):
+        asyncio.run(main._housekeeping(ctx))
+    assert asked == [True, False, False, False]
 
 
 def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing_up(tmp_path: Any) -> None:
@@ -246,6 +288,17 @@ def test_garbage_is_deleted_after_its_grace_and_one_that_cannot_be_holds_nothing
     _round(ctx)
     assert not job_folders[0].exists()
     assert garbage.due(ctx.db, clock.now) == []
+
+
+def test_of_a_storage_that_is_away_each_round_asks_once(tmp_path: Any) -> None:
+    ctx = make_app(tmp_path / "data", clock=StillClock()).state.context
+    with ctx.db.write() as session:
+        for number in range(3):
+            garbage.discard(session, f"jobs/{number}", ctx.clock())
+    ctx.storage.delete = mock.Mock(side_effect=StorageUnavailable("The storage does not answer."))
+    _round(ctx)
+    assert ctx.storage.delete.call_count == 1
+    assert len(garbage.due(ctx.db, ctx.clock())) == 3
 
 
 def test_a_hundred_that_cannot_be_deleted_hold_nothing_up(tmp_path: Any) -> None:

@@ -11,15 +11,17 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import delete, select
+from sqlalchemy.exc import OperationalError
 
 from service.core import logs
 from service.core.clock import Steadiness
-from service.core.errors import DISK_FULL
+from service.core.errors import DISK_FULL, StorageUnavailable
 from service.core.settings import Settings
 from service.core.spec import JobSpec
 from service.db import catalog, garbage, jobs
@@ -120,6 +122,9 @@ class Bench:
             return list(session.scalars(select(table)))
 
     def files(self) -> set[str]:
+        """Where files lie once what is garbage by now is deleted."""
+        for _id, prefix in garbage.due(self.db, self.clock()):
+            self.storage.delete(prefix)
         root = self.folder / "storage"
         return {path.relative_to(root).parts[0] for path in root.rglob("*") if path.is_file()}
 
@@ -130,6 +135,7 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr(supervisor_module, "_STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 0.0)
     made = Bench(tmp_path)
     yield made
     made.db.close()
@@ -156,6 +162,7 @@ def leaves(*names: str) -> Callable[[FakeChild], None]:
     return write
 
 
+AWAY = OperationalError("COMMIT", None, Exception("server closed the connection unexpectedly"))
 RESULT = {"type": "result", "summary": SUMMARY, "models": [{"method": "lora", "folder": "out/adapter"}]}
 
 
@@ -346,6 +353,27 @@ def test_a_lease_lost_while_publishing_leaves_nothing(bench: Bench, monkeypatch:
     assert bench.rows(Artifact) == bench.rows(Model) == []
     assert bench.files() == {"datasets"}
     assert bench.attempt(leaves(), RESULT).status == "succeeded"
+
+
+def test_a_model_stays_whose_job_is_deleted_before_its_worker_knows_that_it_is_published(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to the commit is lost with the database's server; when it is back, the job is gone."""
+    real = jobs.publish
+
+    def publish(*given: Any) -> None:
+        real(*given)
+        monkeypatch.setattr(jobs, "publish", real)
+        with bench.db.write() as session:
+            jobs.remove(session, bench.job_id, bench.clock(), GRACE)
+        raise AWAY
+
+    monkeypatch.setattr(jobs, "publish", publish)
+    bench.scripts.append(([leaves(), RESULT], 0))
+    assert bench.supervisor.work_once(bench.folder / "work")
+    [made] = bench.rows(Model)
+    assert bench.files() == {"datasets", "models"}
+    assert b"".join(bench.storage.chunks(f"{made.storage_prefix}/manifest.json"))
 
 
 @pytest.mark.parametrize("broken", [1, 2, 3, 4, 5])
@@ -591,6 +619,121 @@ def test_a_clock_that_is_set_by_an_hour_costs_no_attempt(bench: Bench, seconds: 
     bench.clock.advance(31)
     job = bench.attempt(leaves(), RESULT)
     assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 1)
+
+
+# While the database is away -----------------------------------------------------------------------
+def once(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, before: Callable[[], Any] = lambda: None) -> None:
+    """The next call of `place.name` finds the database away."""
+    real, calls = getattr(place, name), []
+
+    def away(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            return real(*given, **named)
+        before()
+        raise AWAY
+
+    monkeypatch.setattr(place, name, away)
+
+
+def test_a_sign_of_life_that_nobody_takes_costs_no_attempt(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_due(_child: FakeChild) -> None:
+        bench.supervisor._seen = float("-inf")
+        once(monkeypatch, catalog, "saw_worker")
+
+    job = bench.attempt(progress("train", 0.5), is_due, progress("train", 0.6), leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+
+
+def test_a_database_that_goes_away_right_after_a_claim_costs_no_attempt(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = jobs.claim
+
+    def claim(*given: Any) -> Any:
+        claimed = real(*given)
+        once(monkeypatch, bench.db, "read")
+        return claimed
+
+    monkeypatch.setattr(jobs, "claim", claim)
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+
+
+def test_a_lease_renewed_after_an_outage_counts_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor_module, "_STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor_module, "_AWAY_SECONDS", 0.0)
+    bench, found = Bench(tmp_path, lease_seconds=2), []
+
+    def renewed(child: FakeChild) -> None:
+        if bench.clock() == START:  # not yet: a renewal is due once two thirds of a second have gone by
+            child.steps.insert(0, renewed)
+        else:
+            found.append(bench.job.lease_expires_at)
+
+    once(monkeypatch, jobs, "renew", lambda: bench.clock.advance(40))
+    bench.attempt(renewed, leaves(), RESULT)
+    assert found == [START + timedelta(seconds=42)]
+    bench.db.close()
+
+
+def test_an_outage_longer_than_a_child_may_be_silent_does_not_end_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks, silence = [0.0], bench.supervisor.settings.silence_seconds
+
+    def outage(_child: FakeChild) -> None:
+        once(monkeypatch, jobs, "status_under", lambda: ticks.append(ticks[-1] + silence + 1))
+
+    monkeypatch.setattr(supervisor_module, "time", SimpleNamespace(monotonic=lambda: ticks[-1]))
+    job = bench.attempt(progress("train", 0.5), outage, progress("train", 0.6), leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+    assert len(ticks) == 2
+
+
+def test_an_announcement_that_is_made_twice_holds_no_publishing_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = garbage.announce
+    once(monkeypatch, garbage, "announce")
+    first, calls = garbage.announce, []
+
+    def announce(*given: Any) -> None:
+        if not calls:
+            real(*given)  # it arrives, and the answer to it does not
+        calls.append(1)
+        first(*given)
+
+    monkeypatch.setattr(garbage, "announce", announce)
+    job = bench.attempt(leaves(), RESULT)
+    assert (job.status, job.failures) == ("succeeded", 0)
+    assert not [row for row in bench.rows(Garbage) if row.prefix.startswith("models/")]
+
+
+@pytest.mark.parametrize("when", ["staging", "training", "publishing"])
+@pytest.mark.parametrize(
+    ("why", "status", "failures"), [("cancel", "cancelled", 0), ("lose_lease", "queued", 1), ("stop", "queued", 0)]
+)
+def test_whoever_waits_for_the_storage_still_listens(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, when: str, why: str, status: str, failures: int
+) -> None:
+    tries: list[int] = []
+    say = bench.supervisor.stop.set if why == "stop" else lambda: getattr(bench, why)(None)
+
+    def away(*_given: Any) -> None:
+        tries.append(1)
+        if len(tries) == 3:
+            say()
+        if len(tries) > 5:
+            raise AssertionError("it goes on asking")
+        raise StorageUnavailable("The storage does not answer.")
+
+    monkeypatch.setattr(bench.storage, "fetch" if when == "staging" else "put", away)
+    monkeypatch.setattr(bench.storage, "delete", away)
+    bench.scripts.append(([part(0), progress("train", 0.5)] if when == "training" else [leaves(), RESULT], None))
+    assert bench.supervisor.work_once(bench.folder / "work")
+    assert (bench.job.status, bench.job.failures) == (status, failures)
+    assert all(child.killed or not child.steps for child in bench.children)
 
 
 def test_just_started_nobody_is_sure_of_the_clock() -> None:

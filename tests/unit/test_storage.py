@@ -5,7 +5,9 @@ import hashlib
 import io
 import os
 import socket
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from service.core.errors import StorageUnavailable
 from service.storage import Storage
 from tests.storing import put_folder
+from worker.__main__ import main as worker
 
 BYTES = bytes(range(256)) * 10
 
@@ -194,6 +197,14 @@ def test_what_two_delete_at_once_is_gone_when_either_returns(storage: Storage, m
             storage.open(f"jobs/1/{name}")
 
 
+def test_what_the_store_does_not_delete_is_told(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3fs passes over the keys that a store refuses to delete."""
+    put(storage, "jobs/1/a")
+    monkeypatch.setattr(storage._fs, "rm", lambda _path, recursive: None)
+    with pytest.raises(PermissionError, match="s3:DeleteObject"):
+        storage.delete("jobs/1")
+
+
 def test_a_key_that_is_gone_is_told_before_the_first_byte_is_asked_for(storage: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         storage.chunks("jobs/1/a")
@@ -262,6 +273,7 @@ def test_a_link_gives_the_file_to_whoever_has_it(in_s3: Storage, storage: Storag
     put(in_s3, "jobs/1/a")
     link = in_s3.link("jobs/1/a", 60, ResponseContentType="text/csv")
     assert link is not None
+    assert "X-Amz-Signature" in link
     answer = httpx.get(link)
     assert (answer.content, answer.headers["content-type"]) == (BYTES, "text/csv")
     if "s3" not in storage._fs.protocol:
@@ -284,6 +296,55 @@ def test_an_object_store_that_is_away_is_told_as_such_and_a_bucket_that_is_not_t
         with pytest.raises(StorageUnavailable) as caught:
             ask()
         assert isinstance(caught.value, OSError)
+
+
+class Overrun(BaseHTTPRequestHandler):
+    """Answers each request as S3 does that has no time."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("do_"):
+            return lambda: self.send_error(self.server.status)  # type: ignore[attr-defined]
+        raise AttributeError(name)
+
+    def log_message(self, *_given: Any) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_an_object_store_that_says_that_it_is_away_is_believed(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), Overrun) as server:
+        server.status = status  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        away = Storage(f"s3://{bucket}/here")
+        away._fs.retries = 1
+        try:
+            for ask in (lambda: put(away, "a"), lambda: away.open("a"), away.probe):
+                with pytest.raises(StorageUnavailable):
+                    ask()
+        finally:
+            server.shutdown()
+
+
+def test_without_keys_nobody_waits_and_a_worker_does_not_start(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    given = {
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/none", "AWS_SHARED_CREDENTIALS_FILE": "/none",
+        "TUNEPROOF_DATA_DIR": str(tmp_path), "TUNEPROOF_STORAGE_URL": f"s3://{bucket}/here",
+    }  # fmt: skip
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PermissionError, match="credentials"):
+        Storage(given["TUNEPROOF_STORAGE_URL"]).open("a")
+    assert worker() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("TUNEPROOF_STORAGE_URL cannot be used")
+    assert "Traceback" not in said
 
 
 def test_a_url_that_nothing_serves_is_one_line() -> None:
