@@ -92,7 +92,8 @@ def _data_folder(settings: Settings) -> Iterator[Finding]:
 
 
 def _libraries(settings: Settings) -> Iterator[Finding]:
-    extras = ("server", "remote") if settings.prompt_endpoints else ("server",)
+    asked = {"remote": bool(settings.prompt_endpoints), "ray": "ray" in (settings.engine, settings.launcher)}
+    extras = ("server", *(extra for extra, wanted in asked.items() if wanted))
     wrong = []
     for requirement in map(Requirement, requires("tuneproof") or ()):
         marker = requirement.marker
@@ -335,6 +336,10 @@ def _is_tuneproof(host: str, port: int) -> bool:
 
 
 def _serving(settings: Settings) -> Iterator[Finding]:
+    if settings.engine == "ray":
+        found = f"by replicas on Ray Serve, cluster {settings.ray_address}; not asked"
+        yield Finding("note", "serving", found, "The API's /readyz tells whether they answer.")
+        return
     try:
         device = pick_device(settings.serve_device)
     except RuntimeError:

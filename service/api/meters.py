@@ -92,8 +92,12 @@ def _of_engine(engine: EngineHandle) -> Iterator[Metric]:
     yield _counter("tuneproof_engine_restarts", "Starts of the engine after it was lost.", engine.restarts)
     yield _gauge("tuneproof_predict_waiting_calls", "Calls of /predict that wait or are scored.", engine.waiting_calls)
     yield _gauge("tuneproof_predict_waiting_characters", "Characters of those calls' texts.", engine.waiting_chars)
-    if engine.figures is not None:
+    if engine.figures is None:
+        return
+    if engine.figures.replicas is None:
         yield from _of_figures(engine.figures)
+    else:
+        yield _gauge("tuneproof_replicas", "Replicas that answer; Ray tells of each.", engine.figures.replicas)
 
 
 def _of_figures(figures: Figures) -> Iterator[Metric]:

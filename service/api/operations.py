@@ -102,7 +102,9 @@ def _engine(engine: EngineHandle, unknown: list[str]) -> str:
     else:
         words += [f"is loading base model '{name}': until then its models answer 503" for name in figures.loading]
         words += figures.refused.values()
-        if not (engine.warm or figures.loading):
+        if figures.away:
+            words.append(figures.away)
+        elif not (engine.warm or figures.loading):
             words.append("is loading the models that TUNEPROOF_PRELOAD names")
     if engine.restarts:
         words.append(f"was lost and started again, so far {engine.restarts} times; the log says why")

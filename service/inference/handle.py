@@ -1,7 +1,8 @@
-"""The API's end of the engine process: starts it, hands it texts, starts it again when it is lost."""
+"""The end of an engine process that gives it work: starts it, hands it texts, starts it again when it is lost."""
 
 import asyncio
 import contextlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -33,7 +34,7 @@ from service.inference.wire import Figures, ServedModel
 
 _ERRORS: dict[str, type[AppError]] = {
     BaseLoading.code: BaseLoading, BaseNotServed.code: BaseNotServed, InvalidData.code: ModelDamaged,
-    QueueFull.code: QueueFull, EngineUnavailable.code: EngineUnavailable,
+    QueueFull.code: QueueFull, EngineUnavailable.code: EngineUnavailable, DeadlinePassed.code: DeadlinePassed,
 }  # fmt: skip
 _SECONDS_BETWEEN_STARTS = 1.0
 _SECONDS_TO_WARM = 120.0  # a base that has to be fetched first keeps nobody from those that are there for longer
@@ -62,7 +63,11 @@ class Scores:
 
 
 class EngineHandle:
-    """The engine process, from the API's event loop."""
+    """The engine process, from an event loop. With TUNEPROOF_ENGINE=ray it is one that asks replicas.
+
+    Raises:
+        RuntimeError: Ray is to be used and not installed.
+    """
 
     restarts = 0
     waiting_chars = 0
@@ -70,6 +75,8 @@ class EngineHandle:
     """Of the process that runs now; None until it is ready for work."""
 
     def __init__(self, settings: Settings) -> None:
+        if settings.engine == "ray" and importlib.util.find_spec("ray") is None:
+            raise RuntimeError("TUNEPROOF_ENGINE=ray needs Ray: pip install 'tuneproof[ray]'")
         self._settings = settings
         self._process: asyncio.subprocess.Process | None = None
         self._open: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -85,7 +92,8 @@ class EngineHandle:
     def warm(self) -> bool:
         """Whether it runs and has loaded what was to be loaded at its start, as far as that can be, or has had time."""
         figures, waited = self.figures, time.monotonic() - self._started > _SECONDS_TO_WARM
-        return self.running and figures is not None and (waited or figures.warmed >= self._n_to_warm)
+        ready = self.running and figures is not None and not figures.away
+        return ready and figures is not None and (waited or figures.warmed >= self._n_to_warm)
 
     @property
     def pid(self) -> int | None:
@@ -136,25 +144,32 @@ class EngineHandle:
             ModelDamaged: the model's files are not the published ones.
             EngineFailed: on these texts, and it would again.
         """
+        return _scores(await self.ask(model, texts, self._settings.predict_timeout_seconds))
+
+    async def ask(self, model: ServedModel, texts: list[str], allowed_seconds: float) -> dict[str, Any]:
+        """The engine's answer as it came, which may hold an error; raises what it has no part in, as `predict` does."""
         process, size = self._process, sum(map(len, texts))
         if process is None or process.returncode is not None or process.stdin is None or self.figures is None:
             raise EngineUnavailable("The engine is starting. Ask again in a moment.")
+        if self.figures.away:
+            raise EngineUnavailable(self.figures.away)
         # One call is always taken, however large, or it never could be.
         if self.waiting_chars and self.waiting_chars + size > self._settings.predict_queue_tokens * _CHARS_A_TOKEN:
             raise QueueFull("More texts are waiting than the service takes on (TUNEPROOF_PREDICT_QUEUE_TOKENS).")
-        number, allowed = next(self._numbers), self._settings.predict_timeout_seconds
+        number = next(self._numbers)
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._open[number] = answer
         self.waiting_chars += size
         try:
-            asked = {"number": number, "model": vars(model), "texts": texts, "deadline": time.monotonic() + allowed,
-                     "request_id": logs.request_id()}  # fmt: skip
+            asked = {"number": number, "model": vars(model), "texts": texts, "request_id": logs.request_id(),
+                     "deadline": time.monotonic() + allowed_seconds}  # fmt: skip
             process.stdin.write(wire.pack({"type": "predict"} | asked))
-            async with asyncio.timeout(allowed):
+            async with asyncio.timeout(allowed_seconds):
                 await process.stdin.drain()
-                message = await answer
+                return await answer
         except TimeoutError:
-            raise DeadlinePassed(f"No answer within {allowed:g} s. Send fewer texts a call, or ask later.") from None
+            after = f"No answer within {round(allowed_seconds, 1):g} s."
+            raise DeadlinePassed(f"{after} Send fewer texts a call, or ask later.") from None
         except (ConnectionError, RuntimeError):
             raise EngineUnavailable("The engine was lost and is being started again. Ask again in a moment.") from None
         finally:
@@ -164,7 +179,6 @@ class EngineHandle:
                 with contextlib.suppress(ConnectionError, RuntimeError):  # it may be gone itself
                     process.stdin.write(wire.pack({"type": "drop", "number": number}))
             answer.cancel()  # an error that nobody waits for any more is not one to log
-        return _scores(message)
 
     async def _live_once(self) -> None:
         settings = self._settings
@@ -173,10 +187,11 @@ class EngineHandle:
             "memory_bytes": settings.serve_memory_bytes, "adapter_bytes": settings.adapter_cache_bytes,
             "models_dir": str(settings.models_dir) if settings.models_dir else None,
             "storage_url": settings.resolved_storage_url, "queue_tokens": settings.predict_queue_tokens,
-            "log_level": settings.log_level, "log_format": settings.log_format,
+            "log_level": settings.log_level, "log_format": settings.log_format, "ray_address": settings.ray_address,
         }  # fmt: skip
+        program = "service.inference.process" if settings.engine == "local" else "service.inference.replicas"
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "service.inference.process", json.dumps(given),
+            sys.executable, "-P", "-m", program, json.dumps(given),
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_READ_AT_ONCE_BYTES,
             start_new_session=True,
             # Threads that wait spin for some 30 us: to be woken costs a small batch half its speed, and longer ones

@@ -304,8 +304,7 @@ class EngineProcess:
         else:
             told = EngineFailed("The engine failed on this call; its log says why.")
         if self._forget(call.number):
-            body = {"code": told.code, "detail": told.detail, "retry_after_seconds": told.retry_after_seconds}
-            self._send([wire.pack({"number": call.number, "error": body})])
+            self._send([wire.pack({"number": call.number} | wire.told(told))])
         if isinstance(error, torch.AcceleratorError):
             os._exit(os.EX_SOFTWARE)  # the CUDA context is lost for good; the API starts a process with a new one
 

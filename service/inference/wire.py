@@ -6,6 +6,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from service.core.errors import AppError
+
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Upper bounds of texts in a batch; the last is the most that an engine takes into one."""
 _LENGTHS = struct.Struct(">II")
@@ -51,6 +53,8 @@ class Figures:
         warmed: Of what was to be loaded at the start, how many are in memory, or cannot be.
         gpu_allocated_bytes: Of this process's tensors; None without CUDA.
         gpu_reserved_bytes: What it keeps of the GPU's memory for them; None without CUDA.
+        replicas: Where replicas answer, how many; all else is then theirs to tell. None for an engine beside the API.
+        away: Why no replica answers, and what to do; empty where one does.
     """
 
     texts: int = 0
@@ -69,11 +73,19 @@ class Figures:
     warmed: int = 0
     gpu_allocated_bytes: int | None = None
     gpu_reserved_bytes: int | None = None
+    replicas: int | None = None
+    away: str = ""
 
 
 def pack(message: dict[str, Any], raw: bytes = b"") -> bytes:
     body = json.dumps(message, separators=(",", ":")).encode()
     return b"".join((_LENGTHS.pack(len(body), len(raw)), body, raw))
+
+
+def told(error: AppError) -> dict[str, Any]:
+    """An error as part of a message."""
+    body = {"code": error.code, "detail": error.detail, "retry_after_seconds": error.retry_after_seconds}
+    return {"error": body}
 
 
 def read(stream: IO[bytes]) -> dict[str, Any] | None:
