@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from service.core import logs
@@ -186,11 +186,15 @@ class Relay:
             n = 0 if status is None else sum(d.replica_states.get("RUNNING", 0) for d in status.deployments.values())
             if not n:
                 self._connected = False  # another Serve may start: what knows its replicas is made anew
-                words = "has no application 'tuneproof'" if status is None else f"has no replica yet ({status.status})"
-                return 0, f"Ray Serve {words}: see `serve status`, or start it with `serve run`. Ask again then."
+                has = "no application 'tuneproof'" if status is None else f"no replica yet ({status.status.value})"
+                return 0, f"Ray Serve has {has}: see `serve status`, or start it with `serve run`. Ask again then."
             if not self._connected:
                 self._replicas, self._connected = serve.get_app_handle(APP), True
+        except ActorDiedError:  # Serve was shut down, and its client knows no other: a new process finds the next one
+            os._exit(os.EX_TEMPFAIL)
         except Exception as error:  # noqa: BLE001 -- Ray's, the network's: whichever it is, it is tried again
+            if self._connected:  # without its head, the replicas that are known go on
+                return self._figures.replicas or 0, ""
             todo = "Is its head running, and this machine a part of it (`ray start`)? See TUNEPROOF_RAY_ADDRESS."
             return 0, f"The Ray cluster {self._address} cannot be reached ({type(error).__name__}). {todo}"
         return n, ""
@@ -199,7 +203,7 @@ class Relay:
         host, separator, port = self._address.rpartition(":")
         if separator and "//" not in host:  # Ray itself would try for many minutes
             socket.create_connection((host, int(port)), _SECONDS_TO_REACH).close()
-        ray.init(self._address, namespace=APP, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(self._address, namespace=APP, log_to_driver=False, logging_level=logging.ERROR)
 
     def _tell(self) -> None:
         self._send({"figures": asdict(self._figures)})
@@ -223,6 +227,7 @@ def main(arguments: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     given = json.loads(arguments[0])
     logs.configure(given["log_level"], given["log_format"])
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not stand between the answers
     asyncio.run(_relay(given["ray_address"], answers))
