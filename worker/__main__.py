@@ -44,7 +44,8 @@ def _launcher(settings: Settings) -> Launcher:
     """Where attempts run. Raises RuntimeError where that is a cluster and it cannot be reached."""
     if settings.launcher == "ray":
         try:
-            from worker.cluster.launch import Cluster, launcher_on
+            from worker.cluster.launch import launcher_on
+            from worker.cluster.nodes import Cluster
         except ImportError as error:
             raise RuntimeError("TUNEPROOF_LAUNCHER=ray needs Ray: pip install 'tuneproof[ray]'") from error
         asked = settings.ray_address, settings.ray_cpus, settings.ray_gpus, settings.bulk_actors

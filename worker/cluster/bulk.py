@@ -21,7 +21,7 @@ from ray.data.block import BlockMetadata
 from service.core.errors import AppError, OutOfMemory
 from service.ml.dataset import Row, TableFormat
 from worker.bulk import Labeller, Parts, Tally, blocks_of
-from worker.cluster.launch import Cluster
+from worker.cluster.nodes import Cluster
 
 
 def label_on_actors(

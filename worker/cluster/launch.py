@@ -11,12 +11,11 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +25,16 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from service.core.ids import new_id
+from worker.cluster.nodes import Cluster
 from worker.launch import Child, Launcher, LocalChild, free_port, processes_for, rank_variables
 from worker.scratch import own_folder
 
 _PIECE_BYTES = 8 << 20
 _LISTEN_SECONDS = 0.2
 _SAYS_SO_SECONDS = 10.0  # how often one that waits for a place says that it still does
-_CLOSING_SECONDS = _REACHING_SECONDS = 5.0
+_CLOSING_SECONDS = 5.0
 Message = dict[str, Any]
 log = logging.getLogger("tuneproof.worker")
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where, and what each process or actor is given there."""
-
-    address: str
-    cpus: float
-    gpus: float
-    bulk_actors: int
-
-    def connect(self) -> None:
-        """Raises RuntimeError: it cannot be reached."""
-        try:
-            host, _, port = self.address.rpartition(":")
-            if host:  # Ray itself would try for minutes
-                socket.create_connection((host, int(port)), _REACHING_SECONDS).close()
-            ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RuntimeError(f"TUNEPROOF_RAY_ADDRESS: no Ray cluster answers at {self.address!r}.") from error
 
 
 def launcher_on(cluster: Cluster, processes: int) -> Launcher:

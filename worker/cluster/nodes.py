@@ -1,0 +1,28 @@
+"""The cluster itself, and what is asked of it."""
+
+import socket
+from dataclasses import dataclass
+
+import ray
+
+_REACHING_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where, and what each process or actor is given there."""
+
+    address: str
+    cpus: float
+    gpus: float
+    bulk_actors: int
+
+    def connect(self) -> None:
+        """Raises RuntimeError: it cannot be reached."""
+        try:
+            host, _, port = self.address.rpartition(":")
+            if host:  # Ray itself would try for minutes
+                socket.create_connection((host, int(port)), _REACHING_SECONDS).close()
+            ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise RuntimeError(f"TUNEPROOF_RAY_ADDRESS: no Ray cluster answers at {self.address!r}.") from error
