@@ -57,7 +57,7 @@ def house(tmp_path_factory: pytest.TempPathFactory, bucket: str) -> Iterator[Hou
     ports = [free_port(), free_port()]
     shared = {
         "TUNEPROOF_DATABASE_URL": address(server.folder), "TUNEPROOF_STORAGE_URL": f"s3://{bucket}/house",
-        "TUNEPROOF_MIN_FREE_BYTES": "0", "TUNEPROOF_LEASE_SECONDS": "5", "TUNEPROOF_POLL_SECONDS": "0.2",
+        "TUNEPROOF_MIN_FREE_BYTES": "0", "TUNEPROOF_LEASE_SECONDS": "15", "TUNEPROOF_POLL_SECONDS": "0.2",
         "TUNEPROOF_CHECKPOINT_SECONDS": "1", "TUNEPROOF_DELETE_GRACE_SECONDS": "0",
     }  # fmt: skip
 
@@ -145,7 +145,7 @@ def answered_by(api: httpx.Client, model: str) -> str | None:
 
 def test_a_worker_that_is_killed_is_followed_by_one_elsewhere_from_its_checkpoint(house: House) -> None:
     rows = TABLE + "".join(f"{i} {line}\n" for i in range(12) for line in TABLE.splitlines()[1:])
-    spec = {"kind": "train", "train": {"epochs": 8}}
+    spec = {"kind": "train", "train": {"epochs": 16}}
     job_id = house.apis[0].post("/jobs", files={"file": ("b.csv", rows)}, data={"spec": json.dumps(spec)}).json()["id"]
     store = boto3.client("s3")
 
