@@ -187,7 +187,7 @@ class Relay:
             if not n:
                 self._connected = False  # another Serve may start: what knows its replicas is made anew
                 has = "no application 'tuneproof'" if status is None else f"no replica yet ({status.status.value})"
-                return 0, f"Ray Serve has {has}: see `serve status`, or start it with `serve run`. Ask again then."
+                return 0, f"Ray Serve has {has}: `serve run --name tuneproof` starts it. Ask again then."
             if not self._connected:
                 self._replicas, self._connected = serve.get_app_handle(APP), True
         except ActorDiedError:  # Serve was shut down, and its client knows no other: a new process finds the next one

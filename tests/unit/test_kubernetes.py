@@ -175,12 +175,14 @@ def test_a_node_has_what_one_training_or_replica_sets_aside() -> None:
     assert serving["minReplicas"] == int(settings["TUNEPROOF_SERVE_REPLICAS"])
 
 
-def test_serving_names_the_application_as_the_compose_file_does() -> None:
+def test_serving_names_the_application_as_the_compose_file_does_and_the_api_looks_for_it() -> None:
     (application,) = yaml.safe_load(the("RayService", "tuneproof-serving")["spec"]["serveConfigV2"])["applications"]
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
     command = compose["services"]["ray-serve"]["entrypoint"]
-    assert application == {"name": "default", "import_path": command[-1]}
-    assert not [word for word in command if word.startswith("--name")], "its name by default is `default`"
+    looked_for = (ROOT / "service" / "inference" / "replicas.py").read_text("utf-8").partition('\nAPP = "')[2]
+    name = looked_for.partition('"')[0]
+    assert application == {"name": name, "import_path": command[-1]}
+    assert f"--name={name}" in command
 
 
 def test_the_autoscaler_goes_by_a_metric_that_is_there() -> None:
