@@ -101,6 +101,22 @@ def kinds(pipe: Pipe) -> list[tuple[str, int]]:
     return [(frame["type"], frame["number"]) for frame in pipe.frames]
 
 
+def test_while_no_replica_answers_a_call_is_told_why_at_once() -> None:
+    engine, pipe = handle()
+    engine.figures = Figures(replicas=0, away="No replica answers. Start one.")
+    with pytest.raises(EngineUnavailable, match="Start one"):
+        asyncio.run(engine.predict(MODEL, ["a text"]))
+    assert pipe.frames == []
+
+
+def test_replicas_without_ray_are_refused_at_the_start_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'tuneproof\[ray\]'"):
+        make_app(tmp_path, engine="ray")
+
+
 @pytest.mark.parametrize("seconds", [60.0, 0.01], ids=["hung up", "too late"])
 def test_the_engine_is_told_to_drop_a_call_that_nobody_waits_for(seconds: float) -> None:
     async def main() -> Pipe:

@@ -64,6 +64,8 @@ def test_a_service_without_workers_is_ready_and_says_how_to_start_one(start: Sta
         ({"_n_to_warm": 2, "figures": Figures(warmed=1, loading=["f2llm-0.6b"])}, 503, "is loading base model 'f2llm"),
         ({"_n_to_warm": 2, "figures": Figures(warmed=1)}, 503, "is loading the models that TUNEPROOF_PRELOAD names"),
         ({"_n_to_warm": 2, "figures": Figures(warmed=2)}, 200, "ok"),
+        ({"figures": Figures(replicas=0, away="No replica. Start one.")}, 503, "No replica. Start one."),
+        ({"figures": Figures(replicas=2)}, 200, "ok"),
         ({"figures": Figures(refused={"x": "It does not fit. Raise it."})}, 200, "It does not fit. Raise it."),
     ],
 )
