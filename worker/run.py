@@ -45,6 +45,7 @@ from worker.methods.lora import CHECKPOINT_SECONDS, Lora
 from worker.methods.majority import Majority
 from worker.methods.prompts import USER_V1, PromptTemplate
 from worker.methods.protocol import OnProgress, Predictor, Rows, silent
+from worker.methods.ranks import follow, rank
 from worker.methods.recipe import LoraRecipe
 from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Answerer, Prompted, PromptedModel, Similarity, draw_examples
@@ -384,9 +385,7 @@ def main(arguments: list[str]) -> int:
     # Libraries print where they like; standard output belongs to the messages alone.
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if os.environ.get("RANK", "0") != "0":
-        from worker.methods.ranks import follow
-
+    if rank():
         return follow(folder)
     reporter = Reporter(messages)
     spec = json.loads((folder / "job.json").read_text(encoding="utf-8")).get("spec", {})

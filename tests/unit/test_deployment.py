@@ -145,6 +145,7 @@ def test_make_lists_its_targets() -> None:
         "calibrate",
         "chaos",
         "check",
+        "bench-scale",
         "bench",
         "vendor",
         "bench-gpu",

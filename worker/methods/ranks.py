@@ -35,6 +35,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this process is."""
+    return int(os.environ.get("RANK", "0"))
+
+
 class Ranks:
     """All ranks, as rank 0 sees them.
 
