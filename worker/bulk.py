@@ -329,7 +329,8 @@ class Bulk:
     def _anywhere(self, model: tuple[Any, ...]) -> Callable[..., None]:
         from worker.cluster.bulk import label_on_actors
 
-        return partial(label_on_actors, self.job["cluster"], model)
+        waits = partial(self.reporter.progress, 0.0, "waiting for a place in the cluster", always=True)
+        return partial(label_on_actors, self.job["cluster"], model, on_wait=waits)
 
     def _table(self) -> tuple[TableFormat, int]:
         if self.job.get("table"):

@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def remove(folder: Path) -> None:
+    """Takes it away at once, so that whoever reads it misses all of it, and then its files."""
+    gone = folder.with_name(f"{folder.name}.partial")
+    with contextlib.suppress(OSError):
+        folder.replace(gone)
+    for each in (gone, folder):
+        shutil.rmtree(each, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def own_folder(root: Path, name: str) -> Iterator[Path]:
     """A folder for this process's scratch; those of processes that have died are removed."""

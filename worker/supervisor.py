@@ -130,7 +130,7 @@ class Attempt:
         """From the staged folder to the published result, or whatever end it takes."""
         try:
             self._stage()
-            child = self.supervisor.launcher(self.place)
+            child = self._launched()
             try:
                 self._follow(child)
             finally:
@@ -145,6 +145,13 @@ class Attempt:
                 raise
             self._ends = {} if stops else {"error": DISK_FULL}
             self._end(None)
+
+    def _launched(self) -> Child:
+        try:
+            return self.supervisor.launcher(self.place)
+        except RuntimeError:  # the cluster is away: that is no failure of the job
+            self._write(jobs.give_back, self._now(), self.supervisor.grace)
+            raise
 
     def _stage(self) -> None:
         """Fetches the dataset, the model that is to label it, and the last checkpoint into the child's folder."""
@@ -238,6 +245,8 @@ class Attempt:
         with contextlib.suppress(FileNotFoundError):
             try:
                 self._put_all(folder, prefix)
+                if not folder.is_dir():  # what was listed may not have been all of it
+                    return
                 self._write(jobs.keep_checkpoint, prefix, self._now(), self.supervisor.grace)
             except LeaseLost:
                 if prefix != self._kept:  # else it is where the next attempt goes on from, less what is not whole

@@ -4,9 +4,13 @@ Ray Data takes the blocks to them and brings their lines back in order, on anoth
 kept is as on one machine: parts, written here, in the order of the file, each row once.
 """
 
+import contextlib
 import json
+import logging
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,18 +21,24 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, read_datasource
 from ray.data.block import BlockMetadata
+from ray.exceptions import RayError
 
+from service.core import logs
 from service.core.errors import AppError, OutOfMemory
 from service.ml.dataset import Row, TableFormat
 from worker.bulk import Labeller, Parts, Tally, blocks_of
 from worker.cluster.nodes import Cluster
 
+_SAYS_SO_SECONDS = 10.0
+log = logging.getLogger("tuneproof.worker")
+
 
 def label_on_actors(
     cluster: dict[str, Any], model: Sequence[Any], file: Path, table: TableFormat, parts: Parts,
-    on_rows: Callable[[int], None], on_part: Callable[[Path], None], make: Callable[..., Labeller] = Labeller.load,
+    on_rows: Callable[[int], None], on_part: Callable[[Path], None], on_wait: Callable[[], None] = lambda: None,
+    make: Callable[..., Labeller] = Labeller.load,
 ) -> None:  # fmt: skip
-    """As `worker.bulk.label_here`, by actors on a `cluster`, as JSON has it.
+    """As `worker.bulk.label_here`, by actors on a `cluster`, as JSON has it; `on_wait` is called while none is there.
 
     What an actor labels with, `make` gives it: `model` is the folder here, and what it is to be loaded with there.
     Raises AppError as an actor did.
@@ -51,14 +61,29 @@ def label_on_actors(
         fn_constructor_args=(partial(ray.get, ray.put(files)), partial(_made, make, how)),
         compute=ActorPoolStrategy(min_size=1, max_size=asked.bulk_actors),
     )  # fmt: skip
-    for answer in answers.iter_rows():
-        if answer["error"]:
-            raise _told(**json.loads(answer["error"]))
+
+    def kept(answer: dict[str, Any]) -> bool:
         parts.tally.add(Tally(**json.loads(answer["tally"])))
-        on_rows(parts.tally.rows)
-        if parts.write(answer["lines"].decode()):
-            on_part(parts.folder)
-    parts.end()
+        return parts.write(answer["lines"].decode())
+
+    there = threading.Event()
+    with ThreadPoolExecutor(1) as aside, ThreadPoolExecutor(1) as waiting, contextlib.ExitStack() as held:
+        held.callback(there.set)
+        waiting.submit(_say_so_until, there, on_wait)
+        for answer in answers.iter_rows():
+            there.set()
+            if answer["error"]:
+                raise _told(**json.loads(answer["error"]))
+            if aside.submit(kept, answer).result():  # there: a stop reaches this thread alone
+                on_part(parts.folder)
+            on_rows(parts.tally.rows)
+        aside.submit(parts.end).result()
+
+
+def _say_so_until(there: threading.Event, on_wait: Callable[[], None]) -> None:
+    """Actors may wait for places for hours, and whoever says nothing for long is taken for hung."""
+    while not there.wait(_SAYS_SO_SECONDS):
+        on_wait()
 
 
 def _made(make: Callable[..., Labeller], how: Sequence[Any], folder: Path) -> Labeller:
@@ -105,8 +130,14 @@ class _Scorer:
         except (torch.OutOfMemoryError, MemoryError):
             told = {"code": OutOfMemory.code, "detail": "A block of rows does not fit into an actor's memory."}
             error = json.dumps(told | {"hint": "Give each actor more, or a smaller base model."})
+        except RayError:
+            raise  # Ray sends the block to another actor
         except AppError as found:
             error = json.dumps({"code": found.code, "detail": found.detail, "hint": found.hint})
+        except Exception as found:  # noqa: BLE001 -- Ray would log its message, which may quote a text
+            log.error("a block could not be labelled\n%s", logs.where(found))
+            told = {"code": AppError.code, "detail": "An actor could not label a block of rows."}
+            error = json.dumps(told | {"hint": "The log of the actor's node says where."})
         kinds = {"lines": pa.large_binary(), "tally": pa.string(), "error": pa.string()}
         said = {"lines": lines.encode(), "tally": json.dumps(asdict(tally)), "error": error}
         return pa.table({name: pa.array([said[name]], kind) for name, kind in kinds.items()})

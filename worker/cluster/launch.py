@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import queue
-import shutil
 import signal
 import tempfile
 import threading
@@ -19,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from service.core.ids import new_id
 from worker.cluster.nodes import Cluster
 from worker.launch import Child, Launcher, LocalChild, free_port, processes_for, rank_variables
-from worker.scratch import own_folder
+from worker.scratch import own_folder, remove
 
 _PIECE_BYTES = 8 << 20
 _LISTEN_SECONDS = 0.2
@@ -54,6 +54,9 @@ class Place:
     def __init__(self) -> None:
         self._held = contextlib.ExitStack()
         root = Path(tempfile.gettempdir()) / f"tuneproof-{os.getuid()}"
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.stat().st_uid != os.getuid():
+            raise PermissionError(f"{root} is somebody else's.")
         self._folder: Path = self._held.enter_context(own_folder(root, new_id("wrk")))
         self._child: LocalChild | None = None
 
@@ -69,6 +72,10 @@ class Place:
             target.write(piece)
 
     def start(self, variables: dict[str, str]) -> str:
+        if variables:  # else ranks would tell each other what this machine's name stands for, which may be 127.0.1.1
+            host, found = ray.util.get_node_ip_address(), psutil.net_if_addrs().items()
+            names = [name for name, at in found if any(each.address == host for each in at)]
+            variables = {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": names[0]} | variables
         self._child = LocalChild(self._folder, variables)
         return str(self._folder)
 
@@ -81,6 +88,8 @@ class Place:
     def files(self, folder: str) -> dict[str, int]:
         """Bytes of every file in a folder, or of the one file of that name."""
         path = self._folder / folder
+        if not path.exists():
+            raise FileNotFoundError(folder)
         found = [path] if path.is_file() else sorted(path.rglob("*"))
         return {file.relative_to(self._folder).as_posix(): file.stat().st_size for file in found if file.is_file()}
 
@@ -109,9 +118,12 @@ class RayChild:
     def __init__(self, folder: Path, cluster: Cluster, processes: int) -> None:
         job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         self._folder, self._bulk = folder, job["spec"].get("kind") == "predict"
-        if self._bulk:  # its actors have the GPUs
+        if self._bulk:
             (folder / "job.json").write_text(json.dumps(job | {"cluster": asdict(cluster)}), encoding="utf-8")
-        share = {"CPU": cluster.cpus} | ({"GPU": cluster.gpus} if cluster.gpus and not self._bulk else {})
+        self._shares_gpus = cluster.gpus < 1
+        share = {"CPU": cluster.cpus} | ({"GPU": cluster.gpus} if cluster.gpus else {})
+        if self._bulk:  # it computes nothing itself, and its actors need the places
+            share = {"CPU": 1.0}
         self._group = placement_group([share] * processes, strategy="PACK")
         self._places = [
             _PLACE.options(
@@ -171,10 +183,10 @@ class RayChild:
             self._send(first, file)
         for place in others:
             self._send(place, self._folder / "job.json")
-        address = ray.get(first.address.remote())
+        address, n = ray.get(first.address.remote()), len(self._places)
         there, *_ = ray.get(
             [
-                place.start.remote(rank_variables(i, len(self._places), 1, *address) if others else {})
+                place.start.remote(rank_variables(i, n, n if self._shares_gpus else 1, *address) if others else {})
                 for i, place in enumerate(self._places)
             ]
         )
@@ -226,7 +238,7 @@ class RayChild:
             message["folder"] = str(self._folder / name)
             self._kept = [*(kept for kept in self._kept if kept != name), name]
             while len(self._kept) > 2:  # as the process itself does; the supervisor may be storing the one before
-                shutil.rmtree(self._folder / self._kept.pop(0), ignore_errors=True)
+                remove(self._folder / self._kept.pop(0))
         elif message["type"] == "result":
             for folder in sorted({"out", *(str(made["folder"]) for made in message["models"])}):
                 self._fetch(folder)

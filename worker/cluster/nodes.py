@@ -1,6 +1,8 @@
 """The cluster itself, and what is asked of it."""
 
+import signal
 import socket
+import threading
 from dataclasses import dataclass
 
 import ray
@@ -23,6 +25,9 @@ class Cluster:
             host, _, port = self.address.rpartition(":")
             if host:  # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), _REACHING_SECONDS).close()
+            kept = signal.getsignal(signal.SIGTERM)
             ray.init(self.address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, kept)  # Ray puts its own in its place, which ends the process at once
         except (OSError, RuntimeError, ValueError) as error:
             raise RuntimeError(f"TUNEPROOF_RAY_ADDRESS: no Ray cluster answers at {self.address!r}.") from error

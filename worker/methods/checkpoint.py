@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from worker.scratch import remove
+
 _STATE = "state.json"
 _PARTS = ("weights", "average", "best", "optimizer")
 _PARTIAL = ".partial"
@@ -73,7 +75,7 @@ class Checkpoint:
         partial.replace(target)
         whole = sorted((path for path in folder.glob("step-*") if path.suffix != _PARTIAL), key=_number)
         for older in whole[:-2]:
-            shutil.rmtree(older, ignore_errors=True)
+            remove(older)
         return target
 
     @classmethod

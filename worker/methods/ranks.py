@@ -6,6 +6,7 @@ parts of the batch, and adds its gradients to the sum. So a checkpoint fits any 
 """
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -84,6 +85,9 @@ def follow(folder: Path) -> int:
         while True:
             told, tensors = _told(device)
             if "base" in told:
+                parts = None  # two bases may not fit
+                gc.collect()
+                torch.cuda.empty_cache()
                 parts = _set_up(told, tensors, Path(models_dir) if models_dir else None, device)
             elif parts is not None:
                 _take_part(parts, told, *tensors)
@@ -118,8 +122,9 @@ def _sum_over_ranks(parts: Parts, whole: Sequence[Part]) -> Computed:
     """Loss and gradients of all the parts, of which this rank computes its own."""
     weights = list(parts.trainable.weights.values())
     sizes = [1, *(weight.numel() for weight in weights)]
-    summed, failed = torch.zeros(sum(sizes), device=weights[0].device), torch.zeros(1)
+    failed = torch.zeros(1)
     try:
+        summed = torch.zeros(sum(sizes), device=weights[0].device)
         for part in whole[dist.get_rank() :: dist.get_world_size()]:
             loss, gradients = parts.compute(part)
             summed += torch.cat([loss.reshape(1), *(gradient.reshape(-1) for gradient in gradients)])
