@@ -97,7 +97,8 @@ def _of_engine(engine: EngineHandle) -> Iterator[Metric]:
     if engine.figures.replicas is None:
         yield from _of_figures(engine.figures)
     else:
-        yield _gauge("tuneproof_replicas", "Replicas that answer; Ray tells of each.", engine.figures.replicas)
+        answer = engine.figures.replicas
+        yield _gauge("tuneproof_replicas", "Replicas that answer, in place of an engine's figures.", answer)
 
 
 def _of_figures(figures: Figures) -> Iterator[Metric]:
