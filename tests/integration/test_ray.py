@@ -181,6 +181,20 @@ def test_a_job_that_finds_no_place_says_so_and_can_be_cancelled(house: House) ->
         until(lambda: house.job(job_id)["status"] == "cancelled", 8, "it is cancelled")
 
 
+def test_a_worker_that_is_told_to_stop_gives_its_job_back_with_its_checkpoint(house: House) -> None:
+    with house.worker() as worker:
+        job_id = house.submit(table(8), SPEC)
+        until(lambda: a_checkpoint_is_kept(house, job_id), 120, "a checkpoint of its steps is kept")
+        worker.terminate()
+        assert worker.wait(30) == 0
+    assert house.job(job_id)["status"] == "queued"
+    with house.worker():
+        assert house.ended(job_id)["status"] == "succeeded"
+    told = " ".join(house.told(job_id))
+    assert "Training goes on from its checkpoint: epoch" in told
+    assert "lost" not in told
+
+
 def test_a_worker_that_is_killed_takes_its_processes_on_the_cluster_with_it(house: House) -> None:
     with house.worker() as worker:
         job_id = house.submit(table(8), SPEC)
