@@ -133,10 +133,15 @@ def test_all_of_a_profile_share_one_database_and_one_bucket(profile: str) -> Non
 def test_the_bucket_is_the_one_that_is_made_and_making_it_again_does_no_harm(bucket_command: list[str]) -> None:
     import boto3
 
+    def buckets() -> set[str]:
+        return {found["Name"] for found in boto3.client("s3").list_buckets()["Buckets"]}
+
     with s3_server():
+        others = buckets()  # moto's servers in one process share their buckets, and other tests make some
         for _ in range(2):
             subprocess.run(bucket_command, check=True, env=os.environ | {"AWS_DEFAULT_REGION": "us-east-1"})
-        assert [found["Name"] for found in boto3.client("s3").list_buckets()["Buckets"]] == ["tuneproof"]
+        assert buckets() - others == {"tuneproof"}
+        boto3.client("s3").delete_bucket(Bucket="tuneproof")
     assert SERVICES["bucket"]["environment"]["TUNEPROOF_STORAGE_URL"].startswith("s3://tuneproof/")
 
 
