@@ -43,9 +43,10 @@ from worker.methods.embedding_logreg import EmbeddingLogreg
 from worker.methods.frozen import FrozenBase
 from worker.methods.lora import CHECKPOINT_SECONDS, Lora
 from worker.methods.majority import Majority
+from worker.methods.parts import HelperGone
 from worker.methods.prompts import USER_V1, PromptTemplate
 from worker.methods.protocol import OnProgress, Predictor, Rows, silent
-from worker.methods.ranks import follow, rank
+from worker.methods.ranks import follow, meeting_place, rank, world_size
 from worker.methods.recipe import LoraRecipe
 from worker.methods.tfidf_logreg import TfidfLogreg
 from worker.methods.zero_shot import Answerer, Prompted, PromptedModel, Similarity, draw_examples
@@ -390,8 +391,10 @@ def main(arguments: list[str]) -> int:
     reporter = Reporter(messages)
     spec = json.loads((folder / "job.json").read_text(encoding="utf-8")).get("spec", {})
     try:
+        if world_size() > 1:
+            meeting_place()
         Bulk(folder, reporter).run() if spec.get("kind") == "predict" else Experiment(folder, reporter, stop).run()
-    except Stopped:
+    except (Stopped, HelperGone):
         return STOPPED
     except (torch.OutOfMemoryError, MemoryError):
         reporter.error(OutOfMemory.code, "The job does not fit into the device's memory.", "Lower train.batch_size.")

@@ -201,10 +201,10 @@ def test_a_worker_that_is_killed_takes_its_processes_on_the_cluster_with_it(hous
         until(lambda: a_checkpoint_is_kept(house, job_id), 120, "a checkpoint of its steps is kept")
         worker.send_signal(signal.SIGKILL)
         until(lambda: house.node_of("worker.child") is None, 30, "the process on the node has ended")
+        until(lambda: not scratch(), 20, "its texts are gone from the node")
     with house.worker():
         job = house.ended(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 2), job
-    until(lambda: not scratch(), 20, "what the first one left on a node went with the second")
     print("\nworker: 1 killed, 1 attempt lost, 0 jobs lost")
 
 
@@ -242,7 +242,7 @@ cluster = {"address": sys.argv[2], "cpus": 1, "gpus": 0, "bulk_actors": 2}
 parts = Parts(place / "parts")
 table = TableFormat("text", None, None, ",", True, "utf-8", False)
 label_on_actors(cluster, (place / "model",), place / "rows.csv", table, parts, lambda n: print(n, flush=True),
-                lambda _: None, StubLabeller)
+                lambda _: None, make=StubLabeller)
 parts.join(["row_id", "label"], place / "predictions.csv")
 """
 

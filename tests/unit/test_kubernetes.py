@@ -84,10 +84,23 @@ def test_every_pod_runs_our_image_with_resources_and_without_rights(pod: dict[st
         assert mounted == {volume["name"] for volume in spec["volumes"]}
 
 
-@by_pod
-def test_every_pod_has_the_settings_and_secrets_that_all_share(pod: dict[str, Any]) -> None:
-    (container,) = pod["spec"]["containers"]
-    assert container["envFrom"] == [{"configMapRef": {"name": "tuneproof"}}, {"secretRef": {"name": "tuneproof"}}]
+def test_every_pod_has_the_settings_of_all_and_no_secret_that_it_can_do_without() -> None:
+    held = {}
+    for name, pod in PODS.items():
+        (container,) = pod["spec"]["containers"]
+        settings, *secrets = container["envFrom"]
+        assert settings == {"configMapRef": {"name": "tuneproof"}}
+        held[name] = [secret["secretRef"]["name"] for secret in secrets]
+    assert held == {
+        "Deployment tuneproof-api: ": ["tuneproof", "tuneproof-bucket"],
+        "Deployment tuneproof-worker: ": ["tuneproof", "tuneproof-bucket"],
+        "RayCluster tuneproof-training: ": [],
+        "RayCluster tuneproof-training: gpu": ["tuneproof-endpoints"],
+        "RayService tuneproof-serving: ": [],
+        "RayService tuneproof-serving: gpu": ["tuneproof-bucket"],
+    }
+    made = set(re.findall(r"create secret generic ([\w-]+)", PAGE))
+    assert made == {"tuneproof-ray"}.union(*held.values())
 
 
 def test_every_variable_is_a_setting_and_can_work() -> None:
@@ -214,6 +227,11 @@ def test_everything_is_closed_but_what_is_named_and_ray_is_open_to_its_own_alone
             {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}}
         ]
         assert 6379 not in {port["port"] for port in operator["ports"]}
+    out, database = ({port["port"] for rule in policies[name]["egress"] for port in rule["ports"]}
+                     for name in ("out", "database"))  # fmt: skip
+    assert (out, database) == ({53, 443, 6443}, {5432})
+    (who,) = policies["database"]["podSelector"]["matchExpressions"]
+    assert who["values"] == ["tuneproof-api", "tuneproof-worker"]
     labels = [pod["metadata"]["labels"] for pod in PODS.values()]
     assert all(label["app.kubernetes.io/part-of"] == "tuneproof" for label in labels)
 

@@ -99,6 +99,17 @@ def test_a_child_that_hangs_after_its_last_word_holds_nobody_up(start: Start) ->
     until(lambda: child.ended() == -signal.SIGKILL, 20, "it ends")
 
 
+def test_a_child_whose_supervisor_has_died_ends_and_leaves_no_texts_behind(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "out").mkdir(parents=True)
+    (tmp_path / "folder" / "dataset").write_text("text,label\n")
+    child = LocalChild(tmp_path / "folder")
+    assert child._process.stdin is not None
+    child._process.stdin.close()
+    until(lambda: child.ended() is not None, 20, "the child ends")
+    assert child.ended() == os.EX_TEMPFAIL
+    assert not (tmp_path / "folder").exists()
+
+
 def test_nothing_said_is_waited_for_no_longer_than_asked(start: Start) -> None:
     child = start("while :; do sleep 0.05; done")
     assert list(child.messages(0.01)) == []

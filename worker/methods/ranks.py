@@ -13,12 +13,14 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from service.ml.adapter import Layout
 from service.ml.backbone import load_backbone
@@ -39,6 +41,17 @@ def world_size() -> int:
 def rank() -> int:
     """Which of them this process is."""
     return int(os.environ.get("RANK", "0"))
+
+
+@cache
+def meeting_place() -> Any:
+    """The store by which the ranks find each other; rank 0 opens it. To be asked for early: its port may be taken.
+
+    Raises HelperGone where another process has taken the port.
+    """
+    with _or_gone():
+        store, _rank, _world_size = next(rendezvous("env://", timeout=_WAIT))
+        return store
 
 
 class Ranks:
@@ -147,7 +160,10 @@ def _join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % n_gpus)
     with _or_gone():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if n_here <= n_gpus else "gloo", timeout=_WAIT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if n_here <= n_gpus else "gloo", timeout=_WAIT,
+            store=meeting_place(), rank=rank(), world_size=world_size(),
+        )  # fmt: skip
     atexit.register(dist.destroy_process_group)  # or its threads may end the process by an abort
 
 
