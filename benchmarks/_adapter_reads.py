@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from _measures import Measure
-from service.ml.adapter import CONFIG, WEIGHTS, load_adapter
+from service.ml.adapter import CONFIG, READ, WEIGHTS, load_adapter
 from service.ml.manifest import Manifest
 from service.storage import Storage
 from tests.s3_server import make_bucket, s3_server
@@ -41,7 +41,7 @@ def save_shaped(folder: Path, shape: Any, n_labels: int, tokenizer_bytes: int) -
 
 
 def read_measures(shapes: Sequence[Any], n_labels: int, tokenizer_bytes: int, n: int) -> list[Measure]:
-    """By shape and place, one read at a time and one core; without its tokenizer too, which nothing reads."""
+    """By shape and place, one read at a time and one core."""
     torch.set_num_threads(1)
     taken = []
     with tempfile.TemporaryDirectory() as place, s3_server():
@@ -56,10 +56,8 @@ def read_measures(shapes: Sequence[Any], n_labels: int, tokenizer_bytes: int, n:
                 for file in files:
                     with (folder / file).open("rb") as stream:
                         storage.put(stream, f"models/{name}/{file}")
-                needed = [file for file in files if not file.startswith("tokenizer")]
-                asked = {"": files, "_without_tokenizer": needed} if where == "s3" else {"": files}
-                for what, wanted in asked.items():
-                    taken.append(Measure(f"{name}_{where}{what}", _times(storage, f"models/{name}", wanted, n)))
+                wanted = sorted(READ.intersection(files))
+                taken.append(Measure(f"{name}_{where}", _times(storage, f"models/{name}", wanted, n)))
     return taken
 
 

@@ -31,7 +31,7 @@ def main() -> int:
     except ImportError:
         print("Ray is not installed: pip install 'tuneproof[ray]'")
         return 2
-    rows, rounds = (4096, 1) if asked.quick else (24_576, 5)
+    rows, rounds = (4096, 1) if asked.quick else (16_384, 3)
     ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
     with tempfile.TemporaryDirectory() as place:
         folder, numbers = Path(place), count()

@@ -27,7 +27,7 @@ GiB = 1 << 30
 LOADERS = 2
 """Threads of `service/inference/adapters.py` that read adapters."""
 REMEMBERED = 10_000
-"""Names that `service/api/recent.py` remembers before it forgets all of them."""
+"""Names that `service/api/recent.py` remembers."""
 BATCH_ROWS, BATCH_TOKENS = 256, 16_384
 """Most of a batch on CUDA, `service/ml/engine.py`."""
 EXPONENTS = (0.8, 1.0, 1.2)
@@ -83,7 +83,7 @@ MINILM = Shape("MiniLM", 384, 6, ((384, 384),) * 4, 2 * 384 * 1536, (30_522 + 51
 # Assumed but for the reads: see docs/scale.md.
 _SHARE_OF_FLOPS = Range(0.1, 0.4)
 _SECONDS_TO_LAUNCH_A_BATCH = Range(0.050, 0.010)
-_LOAD_SECONDS = Range(0.142, 0.026)
+_LOAD_SECONDS = Range(0.074, 0.026)
 _TRAINING_GPU_MINUTES = Range(15, 3)
 
 
@@ -151,20 +151,6 @@ def lru_hit_rate(shares: NDArray[np.float64], held: int, replicas: int = 1, n: i
         elif len(cache) >= held:
             del cache[next(iter(cache))]
         cache[model] = None
-    return hits / n
-
-
-def remembered_rate(shares: NDArray[np.float64], most: int = REMEMBERED, n: int = 400_000) -> float:
-    """Of calls by id whose model an API process need not look up: it remembers `most`, then forgets all of them."""
-    held: set[int] = set()
-    hits = 0
-    for model in draws(shares, n):
-        if model in held:
-            hits += 1
-            continue
-        if len(held) >= most:
-            held.clear()
-        held.add(model)
     return hits / n
 
 
@@ -321,7 +307,7 @@ def popularity(given: Inputs) -> str:
     for exponent in EXPONENTS:
         shares = zipf(given.adapters, exponent)
         busiest = np.bincount(home, shares, replicas).max() * replicas
-        known = remembered_rate(shares)
+        known = lru_hit_rate(shares, REMEMBERED)
         lines.append((
             f"{exponent}", f"{given.predictions * shares[0]:,.0f} a second", f"{shares[0]:.1%}", f"{busiest:.1f}",
             f"{known:.1%}", f"{given.predictions * (1 - known):,.0f}",

@@ -1,6 +1,8 @@
 """What every call would look up again: whose key it is, and what stands behind a model's name."""
 
+import contextlib
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
@@ -22,12 +24,16 @@ class Recent:
 
     def __init__(self, db: Database, now: Callable[[], float] = time.monotonic) -> None:
         self._db, self._now = db, now
-        self._held: dict[Hashable, tuple[Any, int, float]] = {}
+        self._held: OrderedDict[Hashable, tuple[Any, int, float]] = OrderedDict()  # the least recently asked for first
 
     def held(self, name: Hashable, stamp: int | None = None) -> Any | None:
         """What is held under `name`; blocks nobody."""
         found, then, until = self._held.get(name, (None, 0, 0.0))
-        return found if then == (self._db.writes if stamp is None else stamp) and self._now() < until else None
+        if then != (self._db.writes if stamp is None else stamp) or self._now() >= until:
+            return None
+        with contextlib.suppress(KeyError):  # another thread has just let go of it
+            self._held.move_to_end(name)
+        return found
 
     def get(
         self, name: Hashable, look: Callable[[], Found], seconds: float = SECONDS, stamp: int | None = None
@@ -40,7 +46,7 @@ class Recent:
         then, until = self._db.writes if stamp is None else stamp, self._now() + seconds
         found = look()
         if found is not None:
-            if len(self._held) >= _MOST:
-                self._held.clear()
             self._held[name] = found, then, until
+            if len(self._held) > _MOST:
+                self._held.popitem(last=False)
         return found

@@ -13,7 +13,7 @@ import torch
 
 from service.core.errors import EngineUnavailable, InvalidData
 from service.inference.wire import Figures, ServedModel
-from service.ml.adapter import Adapter, load_adapter
+from service.ml.adapter import READ, Adapter, load_adapter
 from service.ml.backbone import Backbone
 from service.ml.engine import Engine
 from service.storage import Storage
@@ -122,7 +122,7 @@ class Adapters:
     def _load(self, model: ServedModel, backbone: Backbone) -> Adapter:
         dtype = next(backbone.model.parameters()).dtype
         try:
-            with self._storage.folder(model.storage_prefix, model.files) as folder:
+            with self._storage.folder(model.storage_prefix, READ.intersection(model.files)) as folder:
                 return load_adapter(folder, head_name=backbone.head_name, device=backbone.device, dtype=dtype)
         except FileNotFoundError:
             raise InvalidData("A file of the saved model is missing.") from None

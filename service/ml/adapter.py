@@ -15,11 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from service.core.errors import InvalidData
+from service.ml.manifest import FILE as MANIFEST
 from service.ml.manifest import Manifest, States
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 HEAD = "head.safetensors"
+READ = frozenset({MANIFEST, CONFIG, WEIGHTS, HEAD})
+"""Of a published folder's files those that `load_adapter` opens."""
 _PEFT_PREFIX = "base_model.model."
 Array = NDArray[np.float32]
 

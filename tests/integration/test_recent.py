@@ -1,5 +1,6 @@
 """What calls remember from one to the next never gives stale authority: a test for each way it could."""
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +48,16 @@ def keyed(database: Database, scope: str = "admin") -> tuple[str, dict[str, str]
 
 def asked(client: TestClient, headers: dict[str, str], model: str = "mdl_none") -> httpx.Response:
     return client.post("/predict", json={"model": model, "text": "x"}, headers=headers)
+
+
+def test_of_more_names_than_are_held_those_asked_for_last_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.api.recent._MOST", 3)
+    with contextlib.closing(Database(database_url(tmp_path))) as database:
+        recent, looked = Recent(database), []
+        for name in "abcada":
+            recent.get(name, lambda name=name: looked.append(name) or name)  # type: ignore[misc]
+        assert [name for name in "abcd" if recent.held(name)] == ["a", "c", "d"]
+        assert looked == ["a", "b", "c", "d"]
 
 
 def test_a_key_revoked_by_this_process_counts_at_once(other: Any) -> None:

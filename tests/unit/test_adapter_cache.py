@@ -1,5 +1,6 @@
 """The adapter cache over a real storage: shared loads, room by bytes, and nothing kept of what could not be had."""
 
+import io
 import os
 import sys
 import threading
@@ -49,6 +50,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         world["begun"] += 1
         assert world["go"].wait(20)
         world["seen"].append(folder.name)
+        world["files"] = {path.name for path in folder.iterdir()} if folder.exists() else set()
         world["threads"] = torch.get_num_threads()
         world["nice"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         if folder.name == "bad":
@@ -79,6 +81,16 @@ def test_a_loader_takes_one_core_and_leaves_the_engines_threads_as_they_are(
     if sys.platform == "linux":
         assert reads["nice"] == 10 > os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert torch.get_num_threads() == threads == 3
+
+
+def test_from_an_object_store_only_what_a_prediction_takes_is_fetched(bucket: str, reads: dict[str, Any]) -> None:
+    reads["go"].set()
+    storage, files = Storage(f"s3://{bucket}/cache"), ("adapter_model.safetensors", "manifest.json", "tokenizer.json")
+    for name in files:
+        storage.put(io.BytesIO(b"{}"), f"models/a/{name}")
+    asked = ServedModel("a", "tiny", "r", "models/a", files)
+    Adapters(storage, 100, Figures()).get(asked, Base()).result(20)  # type: ignore[arg-type]
+    assert reads["files"] == {"adapter_model.safetensors", "manifest.json"}
 
 
 def test_calls_that_wait_for_one_adapter_share_its_load(tmp_path: Path, reads: dict[str, Any]) -> None:
