@@ -109,7 +109,10 @@ class Place:
         self._held.close()
 
 
-_PLACE: Any = ray.remote(max_restarts=0, max_task_retries=0)(Place)
+# Else Ray would kill the process where its actor ends, and the process has a folder to remove (`worker.child`).
+_PLACE: Any = ray.remote(
+    max_restarts=0, max_task_retries=0, runtime_env={"env_vars": {"RAY_kill_child_processes_on_worker_exit": "false"}}
+)(Place)
 
 
 class RayChild:
