@@ -3,12 +3,13 @@
 import contextlib
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tuneproof.demo import free_port
 
 ROOT = Path(__file__).parents[1]
 _STORE_BYTES = 150 << 20
@@ -50,8 +51,3 @@ def add_node(cluster: Any, cpus: float = 2, **more: Any) -> Any:
     """One more node; `cluster.remove_node(node, allow_graceful=False)` is a machine that is lost."""
     common = {"node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     return cluster.add_node(num_cpus=cpus, **common, **more)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])

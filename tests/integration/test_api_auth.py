@@ -256,7 +256,7 @@ def test_an_empty_bootstrap_key_opens_no_door(
     monkeypatch.setattr(server, "run", lambda *given, **_: started.append(given))
     if bootstrap_key is not None:
         monkeypatch.setenv("TUNEPROOF_BOOTSTRAP_KEY", bootstrap_key)
-    assert main(["serve", "--host", host]) == 2
+    assert main(["serve", "--host", host, "--port", "0"]) == 2
     assert started == []
 
 
@@ -266,7 +266,7 @@ def test_a_server_on_loopback_needs_no_key(home: Path, monkeypatch: pytest.Monke
 
     started: list[Any] = []
     monkeypatch.setattr(server, "run", lambda *given, **named: started.append(named["host"]))
-    assert main(["serve", "--host", host]) == 0
+    assert main(["serve", "--host", host, "--port", "0"]) == 0
     assert started == [host]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 
 from tests.databases import Server, address
 from tests.waiting import until
+from tuneproof.demo import free_port
 
 pytestmark = pytest.mark.more
 WORDS = {"bill": "invoice payment refund", "login": "password account locked", "parcel": "delivery box late"}
@@ -44,11 +44,6 @@ class House:
             return job if job["status"] in ("succeeded", "failed", "cancelled") else None
 
         return until(ended, 150, "the job has ended")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

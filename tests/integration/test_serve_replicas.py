@@ -27,11 +27,12 @@ from tests.adapters import labels, save_random_adapter
 from tests.databases import fresh_database
 from tests.integration.conftest import listening
 from tests.problems import problem_of
-from tests.ray_cluster import add_node, free_port, ray_cluster
+from tests.ray_cluster import add_node, ray_cluster
 from tests.rows import GRACE, START, add_job, claim, model, publish_stored
 from tests.storing import put_folder
 from tests.tiny import labelled_texts
 from tests.waiting import until
+from tuneproof.demo import free_port
 
 pytestmark = [pytest.mark.scale, pytest.mark.timeout(600)]
 pytest.importorskip("ray", reason="needs tuneproof[ray]")
