@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-BUDGET = 15_200
+BUDGET = 15_350
 """Lines of code, tests and benchmarks aside: docstrings say what a caller must know, and are not what a budget should
 make dearer (decision 12)."""
 EVIDENCE = ("tests", "benchmarks")

@@ -19,7 +19,7 @@ def main() -> int:
         logs.configure(settings.log_level, settings.log_format)
         migrate(settings.resolved_database_url)
         supervisor = _supervisor(settings)
-    except RuntimeError as error:  # settings that cannot work, or a database newer than this code
+    except (RuntimeError, ConnectionError) as error:  # settings that cannot work, or a database newer than this code
         print(error, file=sys.stderr)  # noqa: T201
         return 2
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -41,7 +41,7 @@ def _supervisor(settings: Settings) -> Supervisor:
 
 
 def _launcher(settings: Settings) -> Launcher:
-    """Where attempts run. Raises RuntimeError where that is a cluster and it cannot be reached."""
+    """Where attempts run. Raises ConnectionError, and RuntimeError where Ray is not installed."""
     if settings.launcher == "ray":
         try:
             from worker.cluster.launch import launcher_on

@@ -4,18 +4,19 @@ The watch begins before torch is imported, which takes seconds in which nobody e
 """
 
 import os
-import shutil
 import sys
 import threading
+from pathlib import Path
 
 from service.core import logs
+from worker.scratch import remove
 
 
 def _die_with_supervisor(folder: str) -> None:
     """Ends this process when the supervisor's end of standard input closes: nobody will come for its files."""
     while os.read(0, 4096):
         pass
-    shutil.rmtree(folder, ignore_errors=True)  # texts would lie here until the next supervisor comes
+    remove(Path(folder))  # texts would lie here until the next supervisor comes
     os._exit(os.EX_TEMPFAIL)
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import psutil
+
 from service.core.spec import JobSpec
 
 
@@ -35,8 +37,10 @@ class Child(Protocol):
 
 # Of the compiled matrix products that torch and oneDNN each keep by size, rows laid end to end use few again.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+
+
 Launcher = Callable[[Path], Child]
-"""Starts a child on a folder that `worker.run` understands."""
+"""Starts a child on a folder that `worker.run` understands. ConnectionError: what would run it is away."""
 
 
 class LocalChild:
@@ -88,7 +92,7 @@ class LocalTeam:
 
     def __init__(self, folder: Path, processes: int) -> None:
         address, port = "127.0.0.1", free_port("127.0.0.1")
-        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        share = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} | speaks_by(address)
         self._first, *self._others = (
             LocalChild(folder, share | rank_variables(rank, processes, processes, address, port))
             for rank in range(processes)
@@ -122,6 +126,12 @@ def rank_variables(rank: int, processes: int, here: int, address: str, port: int
         "RANK": str(rank), "LOCAL_RANK": str(rank % here), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(here),
         "MASTER_ADDR": address, "MASTER_PORT": str(port),
     }  # fmt: skip
+
+
+def speaks_by(address: str) -> dict[str, str]:
+    """What keeps ranks to the network that has this address; else each takes what its machine's name stands for."""
+    networks = [name for name, found in psutil.net_if_addrs().items() if any(at.address == address for at in found)]
+    return {name: networks[0] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if networks}
 
 
 def free_port(address: str) -> int:

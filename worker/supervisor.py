@@ -35,7 +35,8 @@ TEXT_ARTIFACTS = frozenset({"predictions.csv", "flips.csv", "report.html", "prom
 _LOOK_SECONDS = 0.2
 _STATUS_SECONDS = 0.5
 _LAST_WORD_SECONDS = 10.0  # from a child's result or error to killing it, where it does not end by itself
-_GRACE_SECONDS = 2.5  # from asking a child to stop to killing it: a cancel is to take under five
+# From asking a child to stop to killing it: a cancel is to take under five, a stop with its checkpoint under thirty.
+_CANCEL_SECONDS, _STOP_SECONDS = 2.5, 20.0
 _AWAY_SECONDS = 1.0  # between two questions to a database that is away
 _FRAME = re.compile(r'  File "[^"]+", line [0-9]+, in [\w<>.]+')
 log = logging.getLogger("tuneproof.worker")
@@ -149,7 +150,7 @@ class Attempt:
     def _launched(self) -> Child:
         try:
             return self.supervisor.launcher(self.place)
-        except RuntimeError:  # the cluster is away: that is no failure of the job
+        except ConnectionError:  # that is no failure of the job
             self._write(jobs.give_back, self._now(), self.supervisor.grace)
             raise
 
@@ -295,7 +296,7 @@ class Attempt:
         if self._stop_asked is None:
             self._stop_asked = time.monotonic()
             child.ask_to_stop()
-        elif time.monotonic() - self._stop_asked > _GRACE_SECONDS:
+        elif time.monotonic() - self._stop_asked > (_CANCEL_SECONDS if self._cancelling else _STOP_SECONDS):
             child.kill()
 
     def _finish(self, child: Child) -> None:

@@ -46,6 +46,7 @@ class Recent:
         then, until = self._db.writes if stamp is None else stamp, self._now() + seconds
         found = look()
         if found is not None:
+            self._held.pop(name, None)  # or it would keep its place
             self._held[name] = found, then, until
             if len(self._held) > _MOST:
                 self._held.popitem(last=False)

@@ -134,6 +134,33 @@ def test_a_rank_that_runs_out_of_memory_makes_all_take_less(
     assert_same_curve(alone, folder)
 
 
+class Faulty(LocalChild):
+    """Whose second rank cannot add up, as where NCCL has failed it while the first waits."""
+
+    program = (
+        "-c",
+        "import os, sys; from service.core import logs; logs.configure('info', 'text')\n"
+        "import torch.distributed as dist; from worker.run import main\n"
+        "def faulty(*_): raise RuntimeError('NCCL error')\n"
+        "if os.environ['RANK'] == '1': dist.all_reduce = faulty\n"
+        "sys.exit(main(sys.argv[1:]))",
+    )
+
+
+def test_a_rank_that_fails_by_itself_says_where_and_ends_the_attempt(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = job(tmp_path / "faulty", tiny_models, BERT)
+    monkeypatch.setattr("worker.launch.LocalChild", Faulty)
+    team = LocalTeam(folder, 2)
+    followed(team)
+    assert team.ended() in (-signal.SIGKILL, os.EX_TEMPFAIL)
+    assert team._others[0].ended() == os.EX_TEMPFAIL
+    log = (folder / "log.txt").read_text()
+    assert "rank 1 fails" in log
+    assert "in faulty" in log
+
+
 def test_what_does_not_train_has_one_process(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text('{"spec": {"kind": "baseline"}}')
     assert processes_for(tmp_path, 8) == 1

@@ -419,7 +419,8 @@ def test_a_job_that_is_cancelled_ends_cancelled_and_its_child_was_asked_first(be
 
 
 def test_a_child_that_does_not_listen_is_killed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor_module, "_CANCEL_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor_module, "_STOP_SECONDS", 0.0)
 
     def deaf(child: FakeChild) -> None:
         child.steps.insert(0, deaf)

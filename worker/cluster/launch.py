@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import signal
+import stat
 import tempfile
 import threading
 import time
@@ -18,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from service.core.ids import new_id
 from worker.cluster.nodes import Cluster
-from worker.launch import Child, Launcher, LocalChild, free_port, processes_for, rank_variables
+from worker.launch import Child, Launcher, LocalChild, free_port, processes_for, rank_variables, speaks_by
 from worker.scratch import own_folder, remove
 
 _PIECE_BYTES = 8 << 20
@@ -38,7 +38,7 @@ log = logging.getLogger("tuneproof.worker")
 
 
 def launcher_on(cluster: Cluster, processes: int) -> Launcher:
-    """Connects at once. Raises RuntimeError."""
+    """Connects at once. Raises ConnectionError."""
     cluster.connect()
 
     def launch(folder: Path) -> Child:
@@ -55,8 +55,9 @@ class Place:
         self._held = contextlib.ExitStack()
         root = Path(tempfile.gettempdir()) / f"tuneproof-{os.getuid()}"
         root.mkdir(mode=0o700, exist_ok=True)
-        if root.stat().st_uid != os.getuid():
-            raise PermissionError(f"{root} is somebody else's.")
+        found = root.lstat()  # of a link to a folder of ours, what is not locked would be removed
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{root} is not a folder of this user's alone.")
         self._folder: Path = self._held.enter_context(own_folder(root, new_id("wrk")))
         self._child: LocalChild | None = None
 
@@ -72,10 +73,8 @@ class Place:
             target.write(piece)
 
     def start(self, variables: dict[str, str]) -> str:
-        if variables:  # else ranks would tell each other what this machine's name stands for, which may be 127.0.1.1
-            host, found = ray.util.get_node_ip_address(), psutil.net_if_addrs().items()
-            names = [name for name, at in found if any(each.address == host for each in at)]
-            variables = {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": names[0]} | variables
+        if variables:
+            variables = speaks_by(ray.util.get_node_ip_address()) | variables
         self._child = LocalChild(self._folder, variables)
         return str(self._folder)
 
@@ -127,7 +126,10 @@ class RayChild:
         share = {"CPU": cluster.cpus} | ({"GPU": cluster.gpus} if cluster.gpus else {})
         if self._bulk:  # it computes nothing itself, and its actors need the places
             share = {"CPU": 1.0}
-        self._group = placement_group([share] * processes, strategy="PACK")
+        try:
+            self._group = placement_group([share] * processes, strategy="PACK")
+        except RayError as error:
+            raise ConnectionError(f"The Ray cluster cannot be reached ({type(error).__name__}).") from error
         self._places = [
             _PLACE.options(
                 num_cpus=share["CPU"], num_gpus=share.get("GPU", 0),
@@ -136,7 +138,7 @@ class RayChild:
             for i in range(processes)
         ]  # fmt: skip
         self._said: queue.Queue[Message] = queue.Queue()
-        self._status, self._here = -int(signal.SIGKILL), False
+        self._status, self._here, self._killed = -int(signal.SIGKILL), False, False
         self._broke: Exception | None = None
         self._kept: list[Path] = []  # checkpoints that were fetched
         self._stop = threading.Event()
@@ -159,23 +161,25 @@ class RayChild:
 
     def kill(self) -> None:
         """Ends it, and gives back its places."""
-        places, self._places = self._places, []
+        if self._killed:
+            return
+        self._killed = True
         with contextlib.suppress(RayError, GetTimeoutError):
-            ray.get([place.close.remote() for place in places if self._here], timeout=_CLOSING_SECONDS)
-        for place in places:
+            ray.get([place.close.remote() for place in self._places if self._here], timeout=_CLOSING_SECONDS)
+        for place in self._places:
             ray.kill(place)
-        if places:
-            remove_placement_group(self._group)
+        remove_placement_group(self._group)
 
     def _live(self) -> None:
         try:
             self._status = self._followed()
-        except RayTaskError as error:
-            self._broke = error.cause  # such as a full disk, there
-        except RayError as error:
-            log.warning("a process on the cluster was lost: %s", type(error).__name__)
-        except OSError as error:
-            self._broke = error
+        except (RayError, OSError) as error:
+            if self._killed:
+                return
+            if isinstance(error, RayError) and not isinstance(error, RayTaskError):
+                log.warning("a process on the cluster was lost: %s", type(error).__name__)
+            else:
+                self._broke = error.cause if isinstance(error, RayTaskError) else error  # such as a full disk
 
     def _followed(self) -> int:
         """From waiting for a place to the last file. Gives the exit status."""
@@ -204,7 +208,8 @@ class RayChild:
             if status is not None:
                 self._fetch("log.txt")
                 return int(status)
-            if any(ended for _said, ended in rest):
+            if lost := [f"{rank} by {ended}" for rank, (_said, ended) in enumerate(rest, 1) if ended]:
+                log.warning("of the processes that train together some have ended: %s", ", ".join(lost))
                 return -int(signal.SIGKILL)  # without one the others would wait for ever
 
     def _placed(self) -> bool:

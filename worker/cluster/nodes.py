@@ -20,7 +20,7 @@ class Cluster:
     bulk_actors: int
 
     def connect(self) -> None:
-        """Raises RuntimeError: it cannot be reached."""
+        """Raises ConnectionError."""
         try:
             host, _, port = self.address.rpartition(":")
             if host:  # Ray itself would try for minutes
@@ -30,4 +30,7 @@ class Cluster:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, kept)  # Ray puts its own in its place, which ends the process at once
         except (OSError, RuntimeError, ValueError) as error:
-            raise RuntimeError(f"TUNEPROOF_RAY_ADDRESS: no Ray cluster answers at {self.address!r}.") from error
+            todo = "Is its head running, and this machine a part of it (`ray start`)?"
+            raise ConnectionError(
+                f"TUNEPROOF_RAY_ADDRESS: no Ray cluster answers at {self.address!r}. {todo}"
+            ) from error

@@ -8,10 +8,11 @@ parts of the batch, and adds its gradients to the sum. So a checkpoint fits any 
 import atexit
 import gc
 import json
+import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from service.core import logs
 from service.ml.adapter import Layout
 from service.ml.backbone import load_backbone
 from service.ml.base_models import locate_at
@@ -30,6 +32,7 @@ from service.ml.engine import Engine
 from worker.methods.parts import Computed, HelperGone, Part, Parts
 from worker.methods.trainable import Trainable
 
+log = logging.getLogger("tuneproof.worker")
 _WAIT = timedelta(days=30)  # rank 0 prompts and judges meanwhile; whoever starts ranks ends all when one has died
 
 
@@ -52,6 +55,14 @@ def meeting_place() -> Any:
     with _or_gone():
         store, _rank, _world_size = next(rendezvous("env://", timeout=_WAIT))
         return store
+
+
+def _first_is_there() -> bool:
+    try:
+        meeting_place().num_keys()
+    except (HelperGone, RuntimeError):
+        return False
+    return True
 
 
 class Ranks:
@@ -95,8 +106,8 @@ def follow(folder: Path) -> int:
     device, parts = pick_device(), None
     try:
         _join(device)
-        while True:
-            told, tensors = _told(device)
+        while "over" not in (given := _told(device))[0]:
+            told, tensors = given
             if "base" in told:
                 parts = None  # two bases may not fit
                 gc.collect()
@@ -104,8 +115,11 @@ def follow(folder: Path) -> int:
                 parts = _set_up(told, tensors, Path(models_dir) if models_dir else None, device)
             elif parts is not None:
                 _take_part(parts, told, *tensors)
-    except HelperGone:
-        return 0
+    except HelperGone as error:
+        if _first_is_there():  # it would wait for this rank for ever
+            log.error("rank %d fails\n%s", rank(), logs.where(error.__cause__ or error))
+            return os.EX_TEMPFAIL
+    return 0
 
 
 def _set_up(told: dict[str, Any], tensors: list[Tensor], models_dir: Path | None, device: torch.device) -> Parts:
@@ -164,7 +178,14 @@ def _join(device: torch.device) -> None:
             "cpu:gloo,cuda:nccl" if n_here <= n_gpus else "gloo", timeout=_WAIT,
             store=meeting_place(), rank=rank(), world_size=world_size(),
         )  # fmt: skip
-    atexit.register(dist.destroy_process_group)  # or its threads may end the process by an abort
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if rank() == 0:
+        with suppress(HelperGone):
+            _tell({"over": True}, [])
+    dist.destroy_process_group()  # or its threads may end the process by an abort
 
 
 def _tell(message: dict[str, Any], tensors: Sequence[Tensor]) -> None:
