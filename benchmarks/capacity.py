@@ -107,6 +107,8 @@ class Inputs:
     seconds_to_launch_a_batch: Range = _SECONDS_TO_LAUNCH_A_BATCH
     scratch_bytes: float = 6e9
     api_seconds: float = 0.0011
+    relay_seconds: float = 0.0017
+    replica_seconds: float = 0.0014
     load_seconds: Range = _LOAD_SECONDS
     tokenizer_bytes: float = 11.4e6
     files_a_model: int = 6
@@ -220,6 +222,16 @@ class Fleet:
     def api_cores(self) -> int:
         return ceil(self.given.predictions * self.given.api_seconds / self.given.busy)
 
+    @property
+    def relay_cores(self) -> int:
+        """Of the processes that hand the APIs' calls to Ray Serve."""
+        return ceil(self.given.predictions * self.given.relay_seconds / self.given.busy)
+
+    @property
+    def replica_processes(self) -> int:
+        """Each takes its calls in one Python loop, so it is one core's work whatever its GPU does."""
+        return ceil(self.given.predictions * self.given.replica_seconds / self.given.busy)
+
     def training_gpus(self, which: int) -> int:
         return ceil(self.given.trainings_a_day * self.given.training_gpu_minutes[which] / 1440 / self.given.busy)
 
@@ -256,6 +268,10 @@ def answer(given: Inputs) -> str:
         ("what", "figure", "from"),
         ("cores for the APIs", f"{fleet.api_cores:,}",
          f"{1000 * given.api_seconds:g} ms an answer, {given.busy:.0%} busy"),
+        ("cores beside them that hand on to Serve", f"{fleet.relay_cores:,}",
+         f"{1000 * given.relay_seconds:g} ms a call"),
+        ("processes that take the calls of replicas", f"{fleet.replica_processes:,}",
+         f"{1000 * given.replica_seconds:g} ms a call, one core each, {given.busy:.0%} busy"),
         ("distinct adapters in a batch", f"{fleet.adapters_a_batch:.0f}", f"{fleet.rows_a_batch} texts, Zipf 1.0"),
         ("a batch: products", span(1000 * products, 1000 * best[0]) + " ms", "assumed share of the GPU's rate"),
         ("a batch: copying adapters", span(1000 * copies, 1000 * best[1], ".1f") + " ms",
