@@ -106,7 +106,7 @@ def _libraries(settings: Settings) -> Iterator[Finding]:
                 wrong.append(f"{requirement.name} {found} (expected {requirement.specifier})")
     main = ", ".join(f"{name} {version(name)}" for name in ("tuneproof", "torch", "transformers", "peft"))
     if wrong:
-        install = f"pip install 'tuneproof[{','.join(extras)}]', or make setup in a checkout"
+        install = f"pip install 'tuneproof[{(named := ','.join(extras))}]', in a checkout '.[{named}]'"
         yield Finding("fail", "libraries", ", ".join(wrong), install)
     else:
         yield Finding("ok", "libraries", f"Python {platform.python_version()}, {main}")
