@@ -270,6 +270,19 @@ def test_ten_million_rows_are_each_labelled_once_while_a_node_is_lost(house: Hou
     print("\n10,000,000 rows, 2 actors with a stub: 1 node killed, rows lost 0, rows twice 0")
 
 
+def test_a_link_in_place_of_the_folder_for_places_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from worker.cluster.launch import Place
+
+    (tmp_path / "home" / "documents").mkdir(parents=True)
+    (tmp_path / f"tuneproof-{os.getuid()}").symlink_to(tmp_path / "home")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(PermissionError):
+        Place()
+    assert (tmp_path / "home" / "documents").exists()
+
+
 def test_a_worker_without_a_cluster_says_so_in_a_line(tmp_path: Path) -> None:
     env = os.environ | {"TUNEPROOF_DATA_DIR": str(tmp_path), "TUNEPROOF_LAUNCHER": "ray",
                         "TUNEPROOF_RAY_ADDRESS": "127.0.0.1:9"}  # fmt: skip
