@@ -152,7 +152,7 @@ class EngineHandle:
         if process is None or process.returncode is not None or process.stdin is None or self.figures is None:
             raise EngineUnavailable("The engine is starting. Ask again in a moment.")
         if self.figures.away:
-            raise EngineUnavailable(self.figures.away)
+            raise EngineUnavailable("No replica answers at the moment. Ask again shortly.")
         # One call is always taken, however large, or it never could be.
         if self.waiting_chars and self.waiting_chars + size > self._settings.predict_queue_tokens * _CHARS_A_TOKEN:
             raise QueueFull("More texts are waiting than the service takes on (TUNEPROOF_PREDICT_QUEUE_TOKENS).")

@@ -31,10 +31,12 @@ from service.inference.handle import EngineHandle
 from service.inference.wire import Figures, ServedModel
 
 APP = "tuneproof"
-# Enough to fill a batch. A model that is asked for more often than that at once is loaded by a second replica.
-_CALLS_A_REPLICA, _CALLS_WAITING = 64, 1024
+# Two full batches of calls with one text each: while one is scored, the next is made ready. A model that is asked for
+# more often than that at once is loaded by a second replica.
+_CALLS_A_REPLICA, _CALLS_WAITING = 512, 1024
+_ARGUMENTS = {"replicas": "serve_replicas", "cpus": "ray_cpus", "gpus": "ray_gpus"}
 _MODELS_KNOWN = 1000  # that Serve keeps of a replica; what is in memory is the engine's to say
-_SECONDS_TO_START, _SECONDS_FOR_A_BASE = 180.0, 10.0
+_SECONDS_TO_START, _SECONDS_OF_PATIENCE = 180.0, 10.0
 _SECONDS_BETWEEN_LOOKS, _SECONDS_TO_REACH = 1.0, 2.0
 log = logging.getLogger("tuneproof.engine")
 
@@ -46,10 +48,10 @@ async def _known(model_id: str) -> str:
 class Replica:
     """One engine, on whichever node has room. It is there once its engine is."""
 
-    async def __init__(self) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(self, cpus: float) -> None:  # type: ignore[misc] # Serve awaits it
         settings = settings_in_use(engine="local")
         logs.configure(settings.log_level, settings.log_format)
-        threads = settings.serve_threads or max(1, int(settings.ray_cpus))
+        threads = settings.serve_threads or max(1, int(cpus))
         self._engine = EngineHandle(settings.model_copy(update={"serve_threads": threads}))
         self._running = asyncio.create_task(self._engine.run())
         # What Serve goes by when it looks for the replica that has a model.
@@ -69,13 +71,16 @@ class Replica:
     ) -> dict[str, Any]:
         """The engine's answer as it came, or an error as it would tell it: what Ray pickles is plain data.
 
-        A replica that is new has its bases to load, which others have long done: a call waits a little for that.
+        A replica that is new has its bases to load, which others have long done, and one whose engine was lost has to
+        start it first: a call waits a little for that.
         """
         end = time.monotonic() + seconds
-        patience = min(end, time.monotonic() + _SECONDS_FOR_A_BASE)
+        patience = min(end, time.monotonic() + _SECONDS_OF_PATIENCE)
         with logs.bound(request_id=request_id):
             try:
                 await self._know(model["id"])
+                while self._engine.figures is None and time.monotonic() < patience:  # noqa: ASYNC110 -- as above
+                    await asyncio.sleep(0.2)
                 while True:
                     message = await self._engine.ask(ServedModel(**model), texts, end - time.monotonic())
                     loading = message.get("error", {}).get("code") == BaseLoading.code
@@ -90,15 +95,20 @@ class Replica:
         return message | {"replica": self._id}
 
 
-def app(_arguments: dict[str, str]) -> Any:
-    """For `serve run service.inference.replicas:app` and the like; nodes and whoever deploys read TUNEPROOF_*."""
-    settings = read_settings()
+def app(arguments: dict[str, Any]) -> Any:
+    """For `serve run service.inference.replicas:app replicas=4 gpus=1`, or `args` of the application in a file.
+
+    Serve calls it on a node where a file is deployed: what is not given is what TUNEPROOF_* says there.
+    """
+    if unknown := sorted(arguments.keys() - _ARGUMENTS.keys()):
+        raise RuntimeError(f"The application takes {', '.join(_ARGUMENTS)} in its args, not {', '.join(unknown)}.")
+    settings = read_settings(**{_ARGUMENTS[name]: value for name, value in arguments.items()})
     deployment = serve.deployment(
         Replica, num_replicas=settings.serve_replicas, max_ongoing_requests=_CALLS_A_REPLICA,
         max_queued_requests=_CALLS_WAITING, health_check_period_s=5, health_check_timeout_s=10,
         ray_actor_options={"num_cpus": settings.ray_cpus, "num_gpus": settings.ray_gpus},
     )  # fmt: skip
-    return deployment.bind()
+    return deployment.bind(settings.ray_cpus)
 
 
 class Relay:
@@ -132,10 +142,12 @@ class Relay:
     async def _warm(self, model: dict[str, Any]) -> None:
         """Has the replica that will be asked for a model load it; bases alone are each replica's own affair."""
         await self._there.wait()
-        if model["files"]:
-            message = await self._asked(model, ["a"], time.monotonic() + _SECONDS_TO_START, None)
-            if "error" in message:
-                log.warning("not warmed: %s", message["error"]["detail"])
+        end = time.monotonic() + _SECONDS_TO_START
+        while model["files"] and (error := (await self._asked(model, ["a"], end, None)).get("error")):
+            if error["code"] not in (BaseLoading.code, EngineUnavailable.code) or time.monotonic() > end:
+                log.warning("not warmed: %s", error["detail"])
+                break
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
         self._figures.warmed += 1
         self._tell()
 
@@ -149,12 +161,14 @@ class Relay:
     async def _asked(
         self, model: dict[str, Any], texts: list[str], deadline: float, request_id: str | None
     ) -> dict[str, Any]:
-        """A call that loses its replica is made once more, of another: to score a text twice harms nobody."""
-        ask = self._replicas.options(method_name="predict", multiplexed_model_id=model["id"])
+        """A call that loses its replica, or its engine, is made once more: to score a text twice harms nobody."""
+        message = wire.told(EngineUnavailable("The replica was lost, and the next one too. Ask again in a moment."))
+        wanted = {"multiplexed_model_id": model["id"]}
         for _attempt in range(2):
-            response = ask.remote(model, texts, deadline - time.monotonic(), request_id)
             try:
-                message: dict[str, Any] = await response
+                ask = self._replicas.options(method_name="predict", **wanted)
+                response = ask.remote(model, texts, deadline - time.monotonic(), request_id)
+                message = await response
             except BackPressureError:
                 return wire.told(QueueFull("More calls wait for the replicas than they take on. Ask later."))
             except (RayError, RayServeException, asyncio.CancelledError) as error:
@@ -162,9 +176,14 @@ class Relay:
                     response.cancel()
                     raise
                 log.warning("a call lost its replica: %s", type(error).__name__)
+            except Exception as error:  # noqa: BLE001 -- whoever called waits for an answer; a message may quote a text
+                log.error("a call failed on its way\n%s", logs.where(error))
+                return wire.told(EngineFailed("The call failed on its way to a replica; the API's log says why."))
             else:
-                return message
-        return wire.told(EngineUnavailable("The replica was lost, and the next one too. Ask again in a moment."))
+                if message.get("error", {}).get("code") != EngineUnavailable.code:
+                    break
+                wanted = {}  # whichever replica is least busy: that one has no engine, or no memory
+        return message
 
     async def _watch(self) -> None:
         while True:
@@ -187,7 +206,8 @@ class Relay:
             if not n:
                 self._connected = False  # another Serve may start: what knows its replicas is made anew
                 has = "no application 'tuneproof'" if status is None else f"no replica yet ({status.status.value})"
-                return 0, f"Ray Serve has {has}: `serve run --name tuneproof` starts it. Ask again then."
+                todo = "`serve run --name tuneproof service.inference.replicas:app` starts it. Ask again then."
+                return 0, f"Ray Serve has {has}: {todo}"
             if not self._connected:
                 self._replicas, self._connected = serve.get_app_handle(APP), True
         except ActorDiedError:  # Serve was shut down, and its client knows no other: a new process finds the next one

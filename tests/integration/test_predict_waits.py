@@ -101,10 +101,10 @@ def kinds(pipe: Pipe) -> list[tuple[str, int]]:
     return [(frame["type"], frame["number"]) for frame in pipe.frames]
 
 
-def test_while_no_replica_answers_a_call_is_told_why_at_once() -> None:
+def test_while_no_replica_answers_a_call_is_told_so_at_once_and_not_where_the_cluster_is() -> None:
     engine, pipe = handle()
-    engine.figures = Figures(replicas=0, away="No replica answers. Start one.")
-    with pytest.raises(EngineUnavailable, match="Start one"):
+    engine.figures = Figures(replicas=0, away="The Ray cluster head.internal:6379 cannot be reached.")
+    with pytest.raises(EngineUnavailable, match=r"^No replica answers at the moment\. Ask again shortly\.$"):
         asyncio.run(engine.predict(MODEL, ["a text"]))
     assert pipe.frames == []
 

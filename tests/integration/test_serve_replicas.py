@@ -1,5 +1,6 @@
 """`/predict` through replicas on Ray Serve, on a cluster of several raylets, held against the local engine."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -7,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer
 
+from service.core.errors import AppError, BaseLoading, EngineUnavailable, InvalidData
 from service.core.settings import Settings
+from service.inference import wire
 from service.main import create_app
 from service.ml.base_models import EMBEDDED, find_base, locate
 from tests.adapters import labels, save_random_adapter
@@ -42,10 +46,16 @@ SIZES = {"two": 2, "five": 5, "nine": 9}
 PATIENCE_SECONDS = 180
 ALIVE = {200: {None}, 503: {"engine_unavailable", "base_loading"}, 504: {"deadline_passed"}}
 NODE = {
-    "TUNEPROOF_ENGINE": "ray", "TUNEPROOF_SERVE_REPLICAS": "2", "TUNEPROOF_RAY_CPUS": "1", "TUNEPROOF_RAY_GPUS": "0",
-    "TUNEPROOF_SERVE_DEVICE": "cpu", "TUNEPROOF_SERVE_DTYPE": "fp32", "TUNEPROOF_PREDICT_QUEUE_TOKENS": "4096",
+    "TUNEPROOF_ENGINE": "ray", "TUNEPROOF_SERVE_DEVICE": "cpu", "TUNEPROOF_SERVE_DTYPE": "fp32",
+    "TUNEPROOF_PREDICT_QUEUE_TOKENS": "4096",
 }  # fmt: skip
-SERVE = "proxy_location: Disabled\napplications: [{name: tuneproof, import_path: 'service.inference.replicas:app'}]\n"
+SERVE = """
+proxy_location: Disabled
+applications:
+- name: tuneproof
+  import_path: service.inference.replicas:app
+  args: {replicas: 2, cpus: 1, gpus: 0}
+"""
 
 
 @dataclass
@@ -169,7 +179,7 @@ def test_a_models_calls_go_to_the_replica_that_has_it(house: House) -> None:
 
         served = [vars(served_model(catalog.find_model(session, house.ids[name]))) for name in SIZES]
     program = """if True:
-        import json, sys, time, ray
+        import json, sys, time, uuid, ray
         from ray import serve
         address, models = json.loads(sys.argv[1])
         ray.init(address, log_to_driver=False)
@@ -177,16 +187,21 @@ def test_a_models_calls_go_to_the_replica_that_has_it(house: House) -> None:
         def ask(model):
             call = handle.options(multiplexed_model_id=model["id"]).remote(model, ["a text"], 30, None)
             return call.result()["replica"]
-        for model in models:
-            ask(model)
-        time.sleep(2)  # until every router has heard who has what
-        print(json.dumps([[model["id"], ask(model)] for _ in range(10) for model in models]))
+        for seconds in (1, 2, 4, 8, 16):  # within which every router has heard who has what
+            fresh = [model | {"id": str(uuid.uuid4())} for model in models for _ in range(3)]
+            for model in fresh:
+                ask(model)
+            time.sleep(seconds)
+            places = [{ask(model) for _ in range(10)} for model in fresh]
+            if all(len(place) == 1 for place in places) and len(set.union(*places)) == 2:
+                break
+        print(json.dumps([sorted(place) for place in places]))
     """
     given = json.dumps([house.settings["ray_address"], served])
     said = subprocess.run([sys.executable, "-c", program, given], capture_output=True, text=True, check=True).stdout
-    places = Counter(map(tuple, json.loads(said.splitlines()[-1])))
-    assert set(places.values()) == {10}, "each model is asked of one replica alone"
-    assert len({replica for _model, replica in places}) == 2, "and the models are spread"
+    places = json.loads(said.splitlines()[-1])
+    assert {len(place) for place in places} == {1}, "each model is asked of one replica alone"
+    assert len({place for [place] in places}) == 2, "and the models are spread"
 
 
 @pytest.mark.parametrize(("name", "code"), [("damaged", "model_damaged"), ("homeless", "base_not_served")])
@@ -211,20 +226,17 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(house: House) -> None:
 
 
 def test_a_call_that_takes_too_long_is_504_and_its_replica_drops_it(house: House) -> None:
-    engines = engine_processes()
-    assert len(engines) == 2
-    for engine in engines:
-        engine.suspend()
-    ctx = house.api.app.state.context  # type: ignore[attr-defined]
-    before = ctx.engine._settings
-    ctx.engine._settings = before.model_copy(update={"predict_timeout_seconds": 1.0})
-    try:
-        problem_of(house.ask("five"), 504, "deadline_passed")
-    finally:
-        ctx.engine._settings = before
-        for engine in engines:
-            engine.resume()
-    assert ctx.engine.waiting_calls == 0
+    before = house.engine._settings
+    with replicas_count_calls(house) as calls, suspended_engines():
+        house.engine._settings = before.model_copy(update={"predict_timeout_seconds": 3.0})
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                call = pool.submit(house.ask, "five")
+                until(lambda: calls() == 1, 3, "a replica has the call")
+                problem_of(call.result(), 504, "deadline_passed")
+        finally:
+            house.engine._settings = before
+        until(lambda: calls() == 0, 20, "the replica has dropped it")
     assert until(lambda: answered(house, "five"), PATIENCE_SECONDS, "it answers again")
 
 
@@ -232,23 +244,77 @@ def test_a_caller_who_hangs_up_is_dropped(house: House) -> None:
     ctx = house.api.app.state.context  # type: ignore[attr-defined]
     app = application(ctx.settings.data_dir, **house.settings)  # one that is asked over a real connection
     engine = app.state.context.engine
-    with listening(app) as url, contextlib.ExitStack() as stack:
+    with listening(app) as url, replicas_count_calls(house) as calls, ThreadPoolExecutor(1) as pool:
         until(lambda: engine.warm, PATIENCE_SECONDS, "the API is ready")
-        for process in engine_processes():
-            process.suspend()
-            stack.callback(process.resume)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/predict", json={"model": house.ids["five"], "texts": TEXTS}, timeout=2)
-        until(lambda: engine.waiting_calls == 0, 20, "nobody waits for it any more")
+        with suspended_engines():
+            body = {"model": house.ids["five"], "texts": TEXTS}
+            call = pool.submit(httpx.post, f"{url}/predict", json=body, timeout=5)
+            until(lambda: calls() == 1, 5, "a replica has the call")
+            with pytest.raises(httpx.ReadTimeout):
+                call.result()
+            until(
+                lambda: engine.waiting_calls == calls() == 0, 20, "nobody waits for it, long before its 60 s are over"
+            )
     assert until(lambda: answered(house, "five"), PATIENCE_SECONDS, "it answers again")
+
+
+@contextlib.contextmanager
+def replicas_count_calls(house: House) -> Iterator[Callable[[], int]]:
+    """How many calls the replicas are at, as each of them counts."""
+    program = """if True:
+        import sys, ray
+        ray.init(sys.argv[1], namespace="serve", log_to_driver=False)
+        names = ray.util.list_named_actors()
+        replicas = [ray.get_actor(name) for name in names if name.startswith("SERVE_REPLICA::tuneproof#")]
+        for _ in sys.stdin:
+            print("calls", sum(ray.get([one.get_num_ongoing_requests.remote() for one in replicas])), flush=True)
+    """
+    words = [sys.executable, "-c", program, house.settings["ray_address"]]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, said = process.stdin, process.stdout
+
+        def count() -> int:
+            asked.write("\n")
+            return int(next(line for line in said if line.startswith("calls")).split()[1])
+
+        assert count() == 0
+        yield count
+        asked.close()
 
 
 def engine_processes() -> list[psutil.Process]:
     """Of the replicas: children of Ray's workers, which are children of raylets, which are this process's."""
-    return [
-        process for process in psutil.Process().children(recursive=True)
-        if "service.inference.process" in process.cmdline() and process.parent() != psutil.Process()
-    ]  # fmt: skip
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "service.inference.process" in process.cmdline() and process.parent() != psutil.Process():
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def suspended_engines() -> Iterator[None]:
+    engines = engine_processes()
+    assert len(engines) == 2
+    with contextlib.ExitStack() as stack:
+        for engine in engines:
+            engine.suspend()
+            stack.callback(engine.resume)
+        yield
+
+
+def test_a_replica_whose_engine_was_lost_refuses_no_call(house: House) -> None:
+    """One after the other: whichever has the models, its calls wait for the new engine or go to the other replica."""
+    for engine in engine_processes():
+        with ThreadPoolExecutor(40) as pool:
+            calls = [pool.submit(house.ask, list(SIZES)[i % 3], texts=TEXTS[:4]) for i in range(40)]
+            engine.kill()
+            calls += [pool.submit(house.ask, list(SIZES)[i % 3], texts=TEXTS[:4]) for i in range(80)]
+            kinds = Counter((call.result().status_code, call.result().json().get("code")) for call in calls)
+        assert set(kinds) == {(200, None)}, kinds
+        until(lambda: len(engine_processes()) == 2, 60, "it has an engine again")
 
 
 def test_a_lost_node_costs_no_call_more_than_a_typed_503(house: House) -> None:
@@ -287,7 +353,8 @@ def test_an_application_that_is_started_anew_is_found_again(house: House, tmp_pa
     until(lambda: not house.engine.warm, 30, "the API knows")
     problem_of(house.ask("five"), 503, "engine_unavailable")
     until(lambda: not engine_processes(), 20, "the replicas' engines have ended with them")
-    until(lambda: "serve run" in house.api.get("/readyz").text, PATIENCE_SECONDS, "it says what to do")
+    todo = "serve run --name tuneproof service.inference.replicas:app"
+    until(lambda: todo in house.api.get("/readyz").text, PATIENCE_SECONDS, "it says what to do")
     serve(address, tmp_path)
     until(lambda: answered_or_away(house), PATIENCE_SECONDS, "a new replica answers")
 
@@ -315,7 +382,8 @@ def answered_or_away(house: House) -> bool:
 
 def test_without_a_cluster_the_api_runs_and_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    app = application(tmp_path / "data", engine="ray", ray_address=f"127.0.0.1:{free_port()}")
+    address = f"127.0.0.1:{free_port()}"
+    app = application(tmp_path / "data", engine="ray", ray_address=address)
     with TestClient(app, client=("127.0.0.1", 1)) as api:
         house = House(None, {})
         house.api = api
@@ -324,8 +392,113 @@ def test_without_a_cluster_the_api_runs_and_says_what_to_do(tmp_path: Path) -> N
         until(lambda: "cannot be reached" in api.get("/readyz").text, 60, "it says what is missing")
         answer = api.get("/readyz")
         assert answer.status_code == 503
-        assert "TUNEPROOF_RAY_ADDRESS" in answer.json()["checks"]["engine"]
+        assert "TUNEPROOF_RAY_ADDRESS" in (engine := answer.json()["checks"]["engine"])
+        assert address in engine
         started = time.monotonic()
-        assert "TUNEPROOF_RAY_ADDRESS" in problem_of(house.ask("two"), 503, "engine_unavailable")["detail"]
+        said = problem_of(house.ask("two"), 503, "engine_unavailable")["detail"]
+        assert "127.0.0.1" not in said, "callers are not told where the cluster is"
+        assert "RAY" not in said
         assert time.monotonic() - started < 2
         assert "\ntuneproof_replicas 0.0" in api.get("/metrics").text
+
+
+# How a call is handed on, with replicas that a test speaks for ------------------------------------
+MODEL = {"id": "a-model", "files": ["manifest.json"]}
+ANSWER = {"labels": ["a", "b"], "truncated": [False], "tokens": 3}
+
+
+class Replicas:
+    """Gives or raises one thing after the other; notes for which model each call was to find a replica."""
+
+    def __init__(self, *outcomes: dict[str, Any] | Exception) -> None:
+        self._outcomes = iter(outcomes)
+        self.wanted: list[str | None] = []
+
+    def options(self, *, method_name: str, multiplexed_model_id: str | None = None) -> "Replicas":
+        assert method_name == "predict"
+        self.wanted.append(multiplexed_model_id)
+        return self
+
+    async def remote(self, *_given: Any) -> dict[str, Any]:
+        outcome = next(self._outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return dict(outcome)
+
+
+def relayed(replicas: Replicas, kind: str = "_answer", **given: Any) -> list[dict[str, Any]]:
+    """What the API is told."""
+    from service.inference.replicas import Relay
+
+    told = BytesIO()
+    relay = Relay("nowhere:1", told)
+    relay._replicas = replicas
+    relay._there.set()
+    asyncio.run(getattr(relay, kind)(model=MODEL, **given))
+    told.seek(0)
+    return list(iter(lambda: wire.read(told), None))
+
+
+def answer_by(replicas: Replicas) -> dict[str, Any]:
+    given = {"number": 7, "texts": ["a secret text"], "deadline": time.monotonic() + 60, "request_id": None}
+    [answer] = relayed(replicas, **given)
+    assert answer.pop("number") == 7
+    return answer
+
+
+def failed(kind: type[AppError], detail: str = "said by a replica") -> dict[str, Any]:
+    return wire.told(kind(detail))
+
+
+def test_a_call_that_loses_its_replica_is_made_once_more() -> None:
+    from ray.exceptions import ActorUnavailableError, RayError
+
+    replicas = Replicas(ActorUnavailableError("gone", None), ANSWER)
+    assert answer_by(replicas) == ANSWER
+    assert replicas.wanted == ["a-model", "a-model"]
+    replicas = Replicas(RayError(), RayError(), ANSWER)
+    assert answer_by(replicas)["error"]["code"] == "engine_unavailable"
+    assert len(replicas.wanted) == 2
+
+
+def test_a_call_whose_replica_has_no_engine_is_made_once_more_of_any() -> None:
+    replicas = Replicas(failed(EngineUnavailable), ANSWER)
+    assert answer_by(replicas) == ANSWER
+    assert replicas.wanted == ["a-model", None]
+    replicas = Replicas(failed(EngineUnavailable), failed(EngineUnavailable), ANSWER)
+    assert answer_by(replicas) == failed(EngineUnavailable)
+
+
+@pytest.mark.parametrize("kind", [BaseLoading, InvalidData])
+def test_what_another_replica_would_say_as_well_is_not_asked_of_it(kind: type[AppError]) -> None:
+    replicas = Replicas(failed(kind), ANSWER)
+    assert answer_by(replicas) == failed(kind)
+
+
+def test_whatever_fails_on_the_way_is_answered_and_no_text_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    answer = answer_by(Replicas(ValueError("a secret text")))
+    assert answer["error"]["code"] == "engine_failed"
+    assert "ValueError" in caplog.text
+    assert "secret" not in caplog.text + json.dumps(answer)
+
+
+def test_a_model_is_warm_once_its_base_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("service.inference.replicas._SECONDS_BETWEEN_LOOKS", 0.0)
+    loading, away = failed(BaseLoading), failed(EngineUnavailable)
+    replicas = Replicas(loading, loading, away, away, ANSWER)
+    [told] = relayed(replicas, "_warm")
+    assert len(replicas.wanted) == 5
+    assert told["figures"]["warmed"] == 1
+    assert caplog.text == ""
+    [told] = relayed(Replicas(failed(InvalidData), ANSWER), "_warm")
+    assert told["figures"]["warmed"] == 1
+    assert "not warmed: said by a replica" in caplog.text
+
+
+def test_the_application_takes_no_arguments_that_it_does_not_know() -> None:
+    from service.inference.replicas import app
+
+    with pytest.raises(RuntimeError, match=r"takes replicas, cpus, gpus in its args, not num_gpus"):
+        app({"replicas": 2, "num_gpus": 1})
+    with pytest.raises(RuntimeError, match=r"TUNEPROOF_SERVE_REPLICAS: .* greater than or equal to 1"):
+        app({"replicas": 0})
