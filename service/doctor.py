@@ -243,6 +243,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
                 has, needs = revisions(connection)
                 unknown = catalog.named_models(session, settings.preloaded)[1] if has == needs else []
                 keys = has is not None and bool(connection.scalar(text("SELECT count(*) FROM api_keys")))
+        except RuntimeError as error:
+            yield Finding("fail", "database", str(error), "Correct TUNEPROOF_DATABASE_URL.")
         except Exception as error:  # noqa: BLE001 -- whatever the driver raises
             todo = "Is it running, and are the user and the password right? See TUNEPROOF_DATABASE_URL."
             yield Finding("fail", "database", f"{shown} cannot be read ({type(error).__name__})", todo)

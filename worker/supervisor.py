@@ -64,10 +64,10 @@ class Supervisor:
             while not self.stop.is_set():
                 try:
                     worked = self.work_once(folder)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 -- it is to go on, and the log says where
                     # The database or the storage is away: the lease runs out and the job is taken up again.
-                    self.looked_in_vain(error)
-                    log.exception("the worker stumbled; it goes on in a moment")
+                    away = self.looked_in_vain(error)
+                    logs.failed(log, "the worker stumbled; it goes on in a moment", error, away=away)
                     worked = False
                 if not worked:
                     self.stop.wait(self.settings.poll_seconds)
@@ -300,7 +300,10 @@ class Attempt:
 
     def _finish(self, child: Child) -> None:
         status = child.ended()
-        log.info("the child ended with status %s", status)
+        if self._stop_asked is None:
+            log.info("the child ended with status %s", status)
+        else:
+            log.info("the child was told to stop, and has ended")
         self._end(status)
 
     def _end(self, status: int | None) -> None:

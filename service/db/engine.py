@@ -74,7 +74,7 @@ def engine_of(url: str, connections: int = 15) -> Engine:
     limits = {name: value for name, value in _LIMITS.items() if name not in found.query} if server else {}
     try:
         # Parameters hold users' texts; they must not stand in an error's message.
-        return create_engine(
+        engine = create_engine(
             found, hide_parameters=True, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_SECONDS, connect_args=limits,
             **({"pool_size": connections, "max_overflow": 0} if server or found.database else {}),
         )  # fmt: skip
@@ -82,6 +82,9 @@ def engine_of(url: str, connections: int = 15) -> Engine:
         raise RuntimeError(
             f"TUNEPROOF_DATABASE_URL needs {error.name}: pip install 'tuneproof[postgres]' brings it."
         ) from error
+    if server:
+        event.listen(engine, "connect", _refuse_other_encodings, insert=True)  # before SQLAlchemy's own questions
+    return engine
 
 
 def with_driver(url: str) -> URL:
@@ -207,6 +210,14 @@ def _sqlite_pragmas(connection: Any, _record: Any) -> None:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}")
     cursor.close()
+
+
+def _refuse_other_encodings(connection: Any, _record: Any) -> None:
+    if (found := connection.info.parameter_status("server_encoding")) != "UTF8":
+        raise RuntimeError(
+            f"The database's encoding is {found}; tuneproof needs UTF8: make one with `createdb --encoding UTF8 "
+            "--template template0 NAME`, and name it in TUNEPROOF_DATABASE_URL."
+        )
 
 
 def _postgresql_limits(connection: Any, _record: Any) -> None:

@@ -461,6 +461,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back_without_a_failure(
     assert bench.children[0].asked
     assert (job.status, job.failures, job.attempt, job.stage) == ("queued", 0, 1, None)
     assert "the job is given back, and goes on when the next one starts" in caplog.text
+    assert "ended with status" not in caplog.text, "which reads as if somebody else had killed it"
 
 
 def test_a_result_that_is_there_when_the_worker_is_stopped_is_published(bench: Bench) -> None:
