@@ -1,6 +1,8 @@
 """Connections, transactions and migrations."""
 
 import fcntl
+import logging
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.core.errors import NotFound
+from service.core.settings import APART, TOGETHER, Settings
 
 BUSY_TIMEOUT_SECONDS = 30
 # The server is a standby now, or had enough of waiting for us: the statement may do on a new connection.
@@ -103,6 +106,14 @@ def with_driver(url: str) -> URL:
             "tuneproof, or leave it empty for SQLite in the data folder."
         )
     return found
+
+
+def stores(settings: Settings) -> str:
+    """For the log as a process starts: what it shares. Warns where others would not find its files."""
+    if settings.storage_is_apart:
+        logging.getLogger("tuneproof").warning("%s. %s", APART, TOGETHER)
+    database = with_driver(settings.resolved_database_url).difference_update_query(("password", "sslpassword"))
+    return f"database {database}; storage {re.sub('://[^/@]*@', '://***@', settings.resolved_storage_url)}"
 
 
 def is_away(error: BaseException) -> bool:

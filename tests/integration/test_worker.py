@@ -591,6 +591,40 @@ def test_a_job_whose_dataset_has_vanished_fails_as_invalid_data(bench: Bench) ->
     assert bench.children == []
 
 
+def test_a_job_whose_file_is_not_in_the_storage_ends_at_once_and_says_what_may_differ(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.storage.delete("datasets/ds/file")
+    assert bench.supervisor.work_once(bench.folder / "work")
+    assert (bench.job.status, bench.job.attempt) == ("failed", 1)
+    assert bench.job.error is not None
+    assert bench.job.error["code"] == "internal"
+    assert "TUNEPROOF_STORAGE_URL" in bench.job.error["hint"]
+    assert "datasets/ds/file is not in the storage" in caplog.text
+
+
+def test_a_worker_names_what_it_shares_and_warns_where_others_would_not_find_its_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(**given: Any) -> str:
+        caplog.clear()
+        caplog.set_level(logging.INFO, "tuneproof")
+        worker = Supervisor(Settings(data_dir=tmp_path, **given))
+        worker.stop.set()
+        worker.run()
+        worker.db.close()
+        return caplog.text
+
+    shared = {"database_url": "postgresql://me:secret@db/tuneproof?password=secret"}
+    apart = said(**shared)
+    assert "WARNING" in apart
+    assert "TUNEPROOF_STORAGE_URL" in apart
+    assert "database postgresql+psycopg://me:***@db/tuneproof; storage file:" in apart
+    assert "secret" not in apart
+    assert "WARNING" not in said()
+    assert "WARNING" not in said(storage_url=f"file://{tmp_path}", **shared)
+
+
 def test_a_worker_is_seen_and_takes_over_from_a_lost_one(bench: Bench) -> None:
     lost = jobs.claim(bench.db, "wrk_lost", START, 30)
     assert lost is not None
