@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 
 from service.core.errors import AppError
 from service.core.ids import new_token
-from service.core.settings import GiB, Settings
+from service.core.settings import APART, TOGETHER, GiB, Settings
 from service.db import catalog
 from service.db.engine import engine_of, revisions, with_driver
 from service.ml.base_models import EMBEDDED, GPU_DEFAULT, allowed_models, locate
@@ -243,6 +243,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
                 has, needs = revisions(connection)
                 unknown = catalog.named_models(session, settings.preloaded)[1] if has == needs else []
                 keys = has is not None and bool(connection.scalar(text("SELECT count(*) FROM api_keys")))
+        except RuntimeError as error:
+            yield Finding("fail", "database", str(error), "Correct TUNEPROOF_DATABASE_URL.")
         except Exception as error:  # noqa: BLE001 -- whatever the driver raises
             todo = "Is it running, and are the user and the password right? See TUNEPROOF_DATABASE_URL."
             yield Finding("fail", "database", f"{shown} cannot be read ({type(error).__name__})", todo)
@@ -290,6 +292,8 @@ def filesystem_of(path: Path) -> str:
 
 def _storage(settings: Settings) -> Iterator[Finding]:
     url = settings.resolved_storage_url
+    if settings.storage_is_apart:
+        yield Finding("warn", "storage: shared", APART, TOGETHER)
     scheme, _, folder = url.partition("://")
     if scheme == "file" and not Path(folder).is_dir():
         yield Finding("ok", "storage", f"{folder} is not there yet; the first upload makes it")

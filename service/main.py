@@ -144,10 +144,10 @@ async def _housekeeping(context: Context) -> None:
     for number in itertools.count():
         try:
             await run_in_threadpool(_round, context, number % _ROUNDS_BETWEEN_FORGETTING == 0)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- it is to go on, and the log says where
             if is_away(error):  # nor could those at work renew
                 context.steady.doubt()
-            log.exception("housekeeping failed; it is tried again")
+            logs.failed(log, "housekeeping failed; it is tried again", error, away=is_away(error))
         await asyncio.sleep(_SECONDS_BETWEEN_ROUNDS)
 
 

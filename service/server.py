@@ -12,6 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.db.engine import stores
+
 _M_ARENA_MAX = -8  # glibc's malloc.h
 _MOST_HEAD_BYTES = 1 << 16
 log = logging.getLogger("tuneproof.api")
@@ -55,7 +57,7 @@ class Server(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- to be opened, not bound
             at = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-            log.info("open %s in a browser; data folder %s", at, settings.data_dir.absolute())
+            log.info("open %s in a browser; data folder %s; %s", at, settings.data_dir.absolute(), stores(settings))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.app.state.context.stopping.set()

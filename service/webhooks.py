@@ -20,7 +20,7 @@ from service.core.errors import InvalidInput
 from service.core.settings import Settings
 from service.core.webhooks import host_of, refuse_webhook
 from service.db import jobs, outbox
-from service.db.engine import Database
+from service.db.engine import Database, is_away
 from service.db.models import Delivery, Job
 
 MAX_ATTEMPTS = 10
@@ -78,8 +78,8 @@ class Webhooks:
             while True:
                 try:
                     await self.round(client)
-                except Exception:
-                    log.exception("webhooks cannot be sent now; it is tried again")
+                except Exception as error:  # noqa: BLE001 -- it is to go on, and the log says where
+                    logs.failed(log, "webhooks cannot be sent now; it is tried again", error, away=is_away(error))
                 await asyncio.sleep(_SECONDS_BETWEEN_ROUNDS)
 
     async def round(self, client: httpx.AsyncClient) -> None:

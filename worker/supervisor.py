@@ -22,7 +22,7 @@ from service.core.errors import DISK_FULL, LeaseLost, StorageUnavailable, disk_i
 from service.core.ids import new_id
 from service.core.settings import Settings
 from service.db import catalog, garbage, jobs
-from service.db.engine import Database, is_away
+from service.db.engine import Database, is_away, stores
 from service.db.jobs import Claimed, Lease, NewArtifact, NewModel, Progress
 from service.db.models import Dataset, Model
 from service.storage import Storage, Stored
@@ -61,14 +61,15 @@ class Supervisor:
     def run(self) -> None:
         """Works until `stop` is set; then the job at hand is given back."""
         with own_folder(self.settings.data_dir.absolute() / "work", self.id) as folder:
-            log.info("worker %s started; data folder %s", self.id, self.settings.data_dir.absolute())
+            data_dir, where = self.settings.data_dir.absolute(), stores(self.settings)
+            log.info("worker %s started; data folder %s; %s", self.id, data_dir, where)
             while not self.stop.is_set():
                 try:
                     worked = self.work_once(folder)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 -- it is to go on, and the log says where
                     # The database or the storage is away: the lease runs out and the job is taken up again.
-                    self.looked_in_vain(error)
-                    log.exception("the worker stumbled; it goes on in a moment")
+                    away = self.looked_in_vain(error)
+                    logs.failed(log, "the worker stumbled; it goes on in a moment", error, away=away)
                     worked = False
                 if not worked:
                     self.stop.wait(self.settings.poll_seconds)
@@ -174,7 +175,15 @@ class Attempt:
             return session.get(table, row_id)
 
     def _fetch(self, dataset: Dataset, model: Model | None) -> None:
-        self.storage.fetch(dataset.storage_key, self.place / "dataset")
+        try:
+            self.storage.fetch(dataset.storage_key, self.place / "dataset")
+        except FileNotFoundError as error:  # nor would the next attempt find it
+            log.error(
+                "%s is not in the storage: have all processes the same TUNEPROOF_STORAGE_URL?", dataset.storage_key
+            )
+            hint = "Have all processes of the service the same TUNEPROOF_STORAGE_URL?"
+            self._fail({"code": "internal", "message": "The dataset's file is not in the storage.", "hint": hint})
+            raise LeaseLost("the job has ended") from error
         if model is not None:
             for name in model.files:
                 with contextlib.suppress(FileNotFoundError):  # the child says what it misses
@@ -301,7 +310,10 @@ class Attempt:
 
     def _finish(self, child: Child) -> None:
         status = child.ended()
-        log.info("the child ended with status %s", status)
+        if self._stop_asked is None:
+            log.info("the child ended with status %s", status)
+        else:
+            log.info("the child was told to stop, and has ended")
         self._end(status)
 
     def _end(self, status: int | None) -> None:

@@ -51,6 +51,7 @@ class Context:
     uploads: Places = field(init=False)
     predict_bytes: Places = field(init=False)
     pace: Pace = field(init=False)
+    probing: asyncio.Task[str] | None = field(default=None, init=False)
     _keys_exist: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +101,7 @@ class Context:
             )
 
 
-def get_context(request: Request) -> Context:
+async def get_context(request: Request) -> Context:  # async, as others take a thread, and there may be none
     context: Context = request.app.state.context
     return context
 

@@ -1,5 +1,6 @@
 """For whoever runs the service: is it up, is it ready, how is it doing."""
 
+import asyncio
 import logging
 from importlib.metadata import version
 from typing import Any
@@ -8,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
 
 from service.api.context import Context, Ctx, caller_of
 from service.api.meters import WORKER_SILENT, Meters
@@ -16,7 +18,9 @@ from service.core.errors import LowDisk, Unauthorized
 from service.db import catalog
 from service.db.engine import revisions
 from service.inference.handle import EngineHandle
+from service.storage import Storage
 
+_PROBE_SECONDS = 4.0  # whoever asks `/readyz` gives up after some five
 router = APIRouter(tags=["operations"])
 log = logging.getLogger("tuneproof.api")
 
@@ -33,14 +37,14 @@ async def healthz() -> HealthOut:
 
 
 @router.get("/readyz", response_model=ReadyOut, response_model_exclude_none=True, responses={503: {"model": ReadyOut}})
-def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
+async def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
     """Whether it can do its work; with a key, in words."""
-    ready, checks = _checks(ctx)
+    ready, checks = await _checks(ctx)
     if not ready:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
     try:
-        caller_of(request, ctx)
+        await run_in_threadpool(caller_of, request, ctx)
     except Unauthorized:
         checks = {}
     except SQLAlchemyError as error:  # whose key it is cannot be looked up: the log is told instead
@@ -57,10 +61,11 @@ def metrics(request: Request, ctx: Ctx) -> Response:
         return Response(meters.exposition(session, ctx.engine, ctx.clock()), media_type=CONTENT_TYPE_LATEST)
 
 
-def _checks(ctx: Context) -> tuple[bool, dict[str, Any]]:
+async def _checks(ctx: Context) -> tuple[bool, dict[str, Any]]:
     """Whether it can do its work, and each part in words: `ok`, or what is wrong and what to do."""
-    database, unknown, workers = _database(ctx)
-    storage, engine = _storage(ctx), _engine(ctx.engine, unknown)
+    storage = await _storage(ctx)
+    database, unknown, workers = await run_in_threadpool(_database, ctx)
+    engine = _engine(ctx.engine, unknown)
     ready = database == storage == "ok" and ctx.engine.warm
     return ready, {
         "database": database, "storage": storage, "engine": engine, "workers": workers, "disk": _disk(ctx),
@@ -85,9 +90,18 @@ def _database(ctx: Context) -> tuple[str, list[str], list[str] | str]:
     return words, unknown, seen or "none seen for 30 s, so no job is taken: start one with `tuneproof worker`"
 
 
-def _storage(ctx: Context) -> str:
+async def _storage(ctx: Context) -> str:
+    """One look at a time, however many ask and hang up: where the store says nothing, each would hold a thread."""
+    probing = ctx.probing
+    if probing is None or probing.done():
+        probing = ctx.probing = asyncio.create_task(asyncio.to_thread(_probed, ctx.storage))
+    done, _waiting = await asyncio.wait((probing,), timeout=_PROBE_SECONDS)
+    return probing.result() if done else f"has not answered for {_PROBE_SECONDS:g} s. See TUNEPROOF_STORAGE_URL."
+
+
+def _probed(storage: Storage) -> str:
     try:
-        ctx.storage.probe()
+        storage.probe()
     except Exception as error:  # noqa: BLE001 -- every driver has its own
         todo = "Is it there, and may the service's user read it? See TUNEPROOF_STORAGE_URL."
         return f"cannot be reached ({type(error).__name__}). {todo}"

@@ -62,6 +62,14 @@ def where(error: BaseException) -> str:
     return "\n".join([*(where(other) for other in before if other is not None), *frames, type(error).__name__])
 
 
+def failed(log: logging.Logger, what: str, error: BaseException, *, away: bool) -> None:
+    """Says where it broke; in one line where the database is away."""
+    if away:
+        log.warning("%s: the database does not answer", what)
+    else:
+        log.error("%s\n%s", what, where(error))
+
+
 def _uncaught(kind: type[BaseException], error: BaseException | None) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         logging.getLogger("tuneproof").critical(ENDED, exc_info=error)

@@ -189,6 +189,11 @@ class Settings(BaseSettings):
         return self.storage_url or f"file://{self.data_dir.absolute() / 'storage'}"
 
     @property
+    def storage_is_apart(self) -> bool:
+        """Whether others on the same database would look for the files elsewhere, in data folders of their own."""
+        return self.database_url.startswith("postgres") and not self.storage_url
+
+    @property
     def listens_beyond_loopback(self) -> bool:
         if self.host == "localhost":
             return False
@@ -196,6 +201,10 @@ class Settings(BaseSettings):
             return not ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return True
+
+
+APART = "the database is a server, and files lie in the data folder, where processes with another one do not find them"
+TOGETHER = "Set TUNEPROOF_STORAGE_URL to the same bucket or folder for all; docs/several-machines.md."
 
 
 def read_settings(**given: Any) -> Settings:

@@ -1,6 +1,8 @@
 """Connections, transactions and migrations."""
 
 import fcntl
+import logging
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.core.errors import NotFound
+from service.core.settings import APART, TOGETHER, Settings
 
 BUSY_TIMEOUT_SECONDS = 30
 # The server is a standby now, or had enough of waiting for us: the statement may do on a new connection.
@@ -74,7 +77,7 @@ def engine_of(url: str, connections: int = 15) -> Engine:
     limits = {name: value for name, value in _LIMITS.items() if name not in found.query} if server else {}
     try:
         # Parameters hold users' texts; they must not stand in an error's message.
-        return create_engine(
+        engine = create_engine(
             found, hide_parameters=True, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_SECONDS, connect_args=limits,
             **({"pool_size": connections, "max_overflow": 0} if server or found.database else {}),
         )  # fmt: skip
@@ -82,6 +85,9 @@ def engine_of(url: str, connections: int = 15) -> Engine:
         raise RuntimeError(
             f"TUNEPROOF_DATABASE_URL needs {error.name}: pip install 'tuneproof[postgres]' brings it."
         ) from error
+    if server:
+        event.listen(engine, "connect", _refuse_other_encodings, insert=True)  # before SQLAlchemy's own questions
+    return engine
 
 
 def with_driver(url: str) -> URL:
@@ -100,6 +106,14 @@ def with_driver(url: str) -> URL:
             "tuneproof, or leave it empty for SQLite in the data folder."
         )
     return found
+
+
+def stores(settings: Settings) -> str:
+    """For the log as a process starts: what it shares. Warns where others would not find its files."""
+    if settings.storage_is_apart:
+        logging.getLogger("tuneproof").warning("%s. %s", APART, TOGETHER)
+    database = with_driver(settings.resolved_database_url).difference_update_query(("password", "sslpassword"))
+    return f"database {database}; storage {re.sub('://[^/@]*@', '://***@', settings.resolved_storage_url)}"
 
 
 def is_away(error: BaseException) -> bool:
@@ -207,6 +221,14 @@ def _sqlite_pragmas(connection: Any, _record: Any) -> None:
         cursor.execute(f"PRAGMA {pragma}")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}")
     cursor.close()
+
+
+def _refuse_other_encodings(connection: Any, _record: Any) -> None:
+    if (found := connection.info.parameter_status("server_encoding")) != "UTF8":
+        raise RuntimeError(
+            f"The database's encoding is {found}; tuneproof needs UTF8: make one with `createdb --encoding UTF8 "
+            "--template template0 NAME`, and name it in TUNEPROOF_DATABASE_URL."
+        )
 
 
 def _postgresql_limits(connection: Any, _record: Any) -> None:

@@ -1,5 +1,6 @@
 """Artifacts on fsspec. A key is written once and never overwritten; nothing is visible before a row names it."""
 
+import asyncio
 import contextlib
 import hashlib
 import io
@@ -20,13 +21,15 @@ _CHUNK = 1 << 20
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "use_listings_cache": False, "default_block_size": 8 << 20, "skip_instance_cache": True,
-        # s3fs tries five times itself, so a host that answers nothing would take minutes by botocore's own five.
+        # `read_timeout` is of silence, after all of a part was sent. s3fs alone tries again: tries multiply, and a host
+        # that takes connections and says nothing would take minutes by botocore's own.
         # Links are signed by version 2 unless told, which new buckets of Amazon's refuse.
         "config_kwargs": {
-            "connect_timeout": 3, "read_timeout": 15, "retries": {"max_attempts": 1}, "signature_version": "s3v4",
+            "connect_timeout": 3, "read_timeout": 10, "retries": {"max_attempts": 0}, "signature_version": "s3v4",
         },
     },
 }  # fmt: skip
+_TRIES, _CALL_SECONDS = 2, 30.0
 _ROUNDS = 10  # of deleting what is still there
 _CLIENTS = {"botocore", "aiohttp", "fsspec"}
 _KEY = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
@@ -66,6 +69,8 @@ class Storage:
             raise RuntimeError(f"TUNEPROOF_STORAGE_URL: {error}. For s3://: pip install 'tuneproof[s3]'.") from error
         except ValueError as error:
             raise RuntimeError(f"TUNEPROOF_STORAGE_URL: {error}. Take s3://bucket/prefix or file:///folder.") from error
+        if "s3" in fs.protocol:
+            _bound(fs)
         self._fs: Any = fs
         self._root: str = root.rstrip("/")
         self._local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
@@ -73,13 +78,17 @@ class Storage:
     def put(self, source: IO[bytes], key: str) -> Stored:
         """Copies a stream to a new key; when this returns, the bytes are on the disk or in the bucket, verified.
 
-        Where it fails, nothing is left. Raises FileExistsError where an object store has other bytes under that key.
+        Where it fails, nothing is left, unless the store is away. Raises FileExistsError where an object store has
+        other bytes under that key.
         """
         path = self._path(key)
         try:
             with _reaching():
                 return self._write(source, path, key)
-        except FileExistsError:
+        except (
+            FileExistsError,
+            StorageUnavailable,
+        ):  # of one that is away nothing can be deleted: it is not waited for
             raise
         except BaseException:
             with contextlib.suppress(OSError):
@@ -213,6 +222,21 @@ class Storage:
         return f"{self._root}/{key}"
 
 
+def _bound(fs: Any) -> None:
+    """Has s3fs give up in time. Where it waits to send (`Expect: 100-continue`), no timeout of the client counts."""
+    from fsspec.asyn import sync_wrapper
+    from s3fs.core import set_custom_error_handler  # type: ignore[import-untyped]
+
+    set_custom_error_handler(_is_away)  # what is tried again, besides timeouts
+    fs.retries, call = _TRIES, fs._call_s3
+
+    async def call_in_time(*given: Any, **named: Any) -> Any:
+        async with asyncio.timeout(_CALL_SECONDS):
+            return await call(*given, **named)
+
+    fs._call_s3, fs.call_s3 = call_in_time, sync_wrapper(call_in_time, obj=fs)
+
+
 @contextlib.contextmanager
 def _reaching() -> Iterator[None]:
     """What the clients of object stores raise of their own, as the one error that callers know."""
@@ -230,7 +254,7 @@ def _reaching() -> Iterator[None]:
 
 def _is_away(error: Exception) -> bool:
     """Whether the store says so itself: s3fs makes a plain OSError of that, and of every other answer."""
-    answer = getattr(error.__cause__, "response", None) or {}
+    answer = getattr(error.__cause__ or error, "response", None) or {}
     status, code = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), answer.get("Error", {}).get("Code")
     away = status >= 500 or status == 429 or code in ("SlowDown", "RequestTimeout")
     return away or isinstance(error, TimeoutError | ConnectionError)

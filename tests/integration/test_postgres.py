@@ -425,3 +425,33 @@ def test_a_server_that_cannot_be_reached_is_one_line(
     assert "TUNEPROOF_DATABASE_URL cannot be reached" in said
     assert "secret" not in said
     assert "Traceback" not in said
+
+
+def test_a_database_in_another_encoding_is_one_line(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with connect(address(server.folder), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    monkeypatch.setenv("TUNEPROOF_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TUNEPROOF_DATABASE_URL", address(server.folder, "ascii"))
+    for command in ("migrate", "serve"):
+        assert main([command]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("The database's encoding is SQL_ASCII; tuneproof needs UTF8: ")
+        assert said.count("\n") == 1
+    assert main(["doctor"]) == 1
+    assert "The database's encoding is SQL_ASCII" in capsys.readouterr().out
+
+
+def test_while_the_server_is_away_housekeeping_and_webhooks_say_so_in_one_line_each(
+    tmp_path: Path, server: Server, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make_app(tmp_path, fresh=False, database_url=url)
+    with TestClient(app, client=LOOPBACK) as client:
+        assert client.get("/jobs").status_code == 200
+        server.stop("immediate")
+        until(lambda: "housekeeping failed" in caplog.text and "webhooks cannot" in caplog.text, 20, "both say so")
+        server.start()
+    told = [line for line in caplog.records if "it is tried again" in line.getMessage()]
+    assert all(line.getMessage().endswith("tried again: the database does not answer") for line in told)
+    assert not [line for line in caplog.records if line.exc_info]

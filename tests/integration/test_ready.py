@@ -1,17 +1,22 @@
 """`/readyz` in words: with a key it says what is wrong and what to do; without one, only whether it is ready."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anyio.to_thread
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
+from service.api import operations
 from service.db import catalog
 from service.inference.wire import Figures
 from tests.integration.conftest import ELSEWHERE
 from tests.rows import START, add_published
+from tests.waiting import until
 
 Start = Callable[..., TestClient]
 
@@ -111,3 +116,50 @@ def test_without_a_key_only_the_status_is_told(start: Start) -> None:
     context(client).engine.figures = None
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()) == (503, {"status": "not_ready"})
+
+
+def test_a_storage_that_says_nothing_is_looked_at_once_however_many_ask(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, looks, answers = start(), list[int](), threading.Event()
+    monkeypatch.setattr(operations, "_PROBE_SECONDS", 0.05)
+
+    def probe() -> None:
+        looks.append(1)
+        assert answers.wait(60)
+
+    monkeypatch.setattr(context(client).storage, "probe", probe)
+    try:
+        with ThreadPoolExecutor(8) as callers:
+            for found in callers.map(lambda _: checks(client, 503), range(16)):
+                assert found["storage"].startswith("has not answered for ")
+        assert looks == [1]
+    finally:
+        answers.set()
+    until(lambda: client.get("/readyz").status_code == 200, 10, "the store is back")
+    assert checks(client)["storage"] == "ok"
+
+
+def test_where_every_thread_is_taken_it_still_says_that_it_is_up(start: Start) -> None:
+    client, free = start(), threading.Event()
+
+    async def threads() -> Any:
+        return anyio.to_thread.current_default_thread_limiter()
+
+    async def hold() -> bool:
+        return await anyio.to_thread.run_sync(free.wait)
+
+    assert client.portal is not None
+    limiter = client.portal.call(threads)
+    taken = [client.portal.start_task_soon(hold) for _ in range(int(limiter.total_tokens))]
+    try:
+        until(lambda: limiter.available_tokens == 0, 10, "all are taken")
+        with ThreadPoolExecutor(1) as caller:
+            asked = caller.submit(client.get, "/healthz")
+            try:
+                assert asked.result(10).json() == {"status": "ok"}
+            finally:
+                free.set()
+    finally:
+        free.set()
+    assert all(one.result(10) for one in taken)

@@ -462,6 +462,7 @@ def test_a_worker_that_is_stopped_gives_its_job_back_without_a_failure(
     assert bench.children[0].asked
     assert (job.status, job.failures, job.attempt, job.stage) == ("queued", 0, 1, None)
     assert "the job is given back, and goes on when the next one starts" in caplog.text
+    assert "ended with status" not in caplog.text, "which reads as if somebody else had killed it"
 
 
 def test_a_result_that_is_there_when_the_worker_is_stopped_is_published(bench: Bench) -> None:
@@ -589,6 +590,40 @@ def test_a_job_whose_dataset_has_vanished_fails_as_invalid_data(bench: Bench) ->
     assert bench.job.error is not None
     assert bench.job.error["code"] == "invalid_data"
     assert bench.children == []
+
+
+def test_a_job_whose_file_is_not_in_the_storage_ends_at_once_and_says_what_may_differ(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.storage.delete("datasets/ds/file")
+    assert bench.supervisor.work_once(bench.folder / "work")
+    assert (bench.job.status, bench.job.attempt) == ("failed", 1)
+    assert bench.job.error is not None
+    assert bench.job.error["code"] == "internal"
+    assert "TUNEPROOF_STORAGE_URL" in bench.job.error["hint"]
+    assert "datasets/ds/file is not in the storage" in caplog.text
+
+
+def test_a_worker_names_what_it_shares_and_warns_where_others_would_not_find_its_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(**given: Any) -> str:
+        caplog.clear()
+        caplog.set_level(logging.INFO, "tuneproof")
+        worker = Supervisor(Settings(data_dir=tmp_path, **given))
+        worker.stop.set()
+        worker.run()
+        worker.db.close()
+        return caplog.text
+
+    shared = {"database_url": "postgresql://me:secret@db/tuneproof?password=secret"}
+    apart = said(**shared)
+    assert "WARNING" in apart
+    assert "TUNEPROOF_STORAGE_URL" in apart
+    assert "database postgresql+psycopg://me:***@db/tuneproof; storage file:" in apart
+    assert "secret" not in apart
+    assert "WARNING" not in said()
+    assert "WARNING" not in said(storage_url=f"file://{tmp_path}", **shared)
 
 
 def test_a_worker_is_seen_and_takes_over_from_a_lost_one(bench: Bench) -> None:

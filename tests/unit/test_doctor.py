@@ -76,6 +76,13 @@ def test_what_is_there_is_left_as_it_was_also_beside_a_running_server(tmp_path: 
     db.close()
 
 
+def test_files_that_other_processes_on_the_database_do_not_find_are_warned_of(tmp_path: Path) -> None:
+    url = f"postgresql://me@/tuneproof?host={tmp_path}"
+    assert findings(tmp_path, database_url=url)["storage: shared"].level == "warn"
+    assert "storage: shared" not in findings(tmp_path, database_url=url, storage_url=f"file://{tmp_path}/s")
+    assert "storage: shared" not in findings(tmp_path)
+
+
 def test_the_data_folder_is_told_before_all_that_depends_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

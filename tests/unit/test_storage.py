@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.errors import StorageUnavailable
-from service.storage import Storage
-from tests.storing import put_folder
+from service.storage import Storage, store
+from service.storage.store import _OPTIONS, _TRIES
+from tests.storing import put_folder, silent_server
+from tests.waiting import until
 from worker.__main__ import main as worker
 
 BYTES = bytes(range(256)) * 10
@@ -319,13 +321,33 @@ def test_an_object_store_that_says_that_it_is_away_is_believed(
         threading.Thread(target=server.serve_forever).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
         away = Storage(f"s3://{bucket}/here")
-        away._fs.retries = 1
         try:
             for ask in (lambda: put(away, "a"), lambda: away.open("a"), away.probe):
                 with pytest.raises(StorageUnavailable):
                     ask()
         finally:
             server.shutdown()
+
+
+def test_an_object_store_that_says_nothing_is_given_up_after_two_tries(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = _OPTIONS["s3"]["config_kwargs"]
+    assert _TRIES * (limits["connect_timeout"] + limits["read_timeout"]) <= 30, "seconds, in the worst case"
+    monkeypatch.setitem(limits, "read_timeout", 0.1)
+    with silent_server() as (url, taken):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+        hangs = Storage(f"s3://{bucket}/here")
+        for ask in (lambda: hangs.open("a"), lambda: hangs.delete("a"), hangs.probe):
+            taken.clear()
+            with pytest.raises(StorageUnavailable):
+                ask()
+            until(lambda: len(taken) >= _TRIES, 10, "each try is a connection")
+            assert len(taken) == _TRIES
+        monkeypatch.setattr(store, "_CALL_SECONDS", 0.5)
+        for size in (1, 9 << 20):  # sent once the host has asked for it, which is past all timeouts of sockets
+            with pytest.raises(StorageUnavailable):
+                put(hangs, "a", bytes(size))
 
 
 def test_without_keys_nobody_waits_and_a_worker_does_not_start(
