@@ -85,10 +85,7 @@ class Storage:
         try:
             with _reaching():
                 return self._write(source, path, key)
-        except (
-            FileExistsError,
-            StorageUnavailable,
-        ):  # of one that is away nothing can be deleted: it is not waited for
+        except (FileExistsError, StorageUnavailable):  # a store that is away can delete nothing, and is not waited for
             raise
         except BaseException:
             with contextlib.suppress(OSError):
