@@ -37,8 +37,6 @@ class Child(Protocol):
 
 # Of the compiled matrix products that torch and oneDNN each keep by size, rows laid end to end use few again.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "LRU_CACHE_CAPACITY": "32", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
-
-
 Launcher = Callable[[Path], Child]
 """Starts a child on a folder that `worker.run` understands. ConnectionError: what would run it is away."""
 
