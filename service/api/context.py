@@ -51,7 +51,7 @@ class Context:
     uploads: Places = field(init=False)
     predict_bytes: Places = field(init=False)
     pace: Pace = field(init=False)
-    probing: asyncio.Task[str] | None = field(default=None, init=False)
+    looking: dict[Any, asyncio.Task[Any]] = field(default_factory=dict, init=False)
     _keys_exist: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:

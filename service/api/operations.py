@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
@@ -18,9 +19,11 @@ from service.core.errors import LowDisk, Unauthorized
 from service.db import catalog
 from service.db.engine import revisions
 from service.inference.handle import EngineHandle
-from service.storage import Storage
 
+_UNKNOWN = "not known without the database"
 _PROBE_SECONDS = 4.0  # whoever asks `/readyz` gives up after some five
+_SILENT = f"has not answered for {_PROBE_SECONDS:g} s."
+Found = TypeVar("Found")
 router = APIRouter(tags=["operations"])
 log = logging.getLogger("tuneproof.api")
 
@@ -44,10 +47,12 @@ async def readyz(request: Request, response: Response, ctx: Ctx) -> ReadyOut:
         response.status_code = 503
         response.headers["Retry-After"] = "2"
     try:
+        if checks["database"].startswith(_SILENT):
+            raise TimeoutError  # nor would it say whose key this is
         await run_in_threadpool(caller_of, request, ctx)
     except Unauthorized:
         checks = {}
-    except SQLAlchemyError as error:  # whose key it is cannot be looked up: the log is told instead
+    except (SQLAlchemyError, TimeoutError) as error:  # whose key it is cannot be looked up: the log is told instead
         log.error("not ready: the database cannot be read (%s)", type(error).__name__)
         checks = {}
     return ReadyOut(status="ready" if ready else "not_ready", checks=checks or None)
@@ -63,8 +68,10 @@ def metrics(request: Request, ctx: Ctx) -> Response:
 
 async def _checks(ctx: Context) -> tuple[bool, dict[str, Any]]:
     """Whether it can do its work, and each part in words: `ok`, or what is wrong and what to do."""
-    storage = await _storage(ctx)
-    database, unknown, workers = await run_in_threadpool(_database, ctx)
+    unread: tuple[str, list[str], list[str] | str] = f"{_SILENT} See TUNEPROOF_DATABASE_URL.", [], _UNKNOWN
+    storage, (database, unknown, workers) = await asyncio.gather(
+        _looked(ctx, _storage, f"{_SILENT} See TUNEPROOF_STORAGE_URL."), _looked(ctx, _database, unread)
+    )
     engine = _engine(ctx.engine, unknown)
     ready = database == storage == "ok" and ctx.engine.warm
     return ready, {
@@ -82,7 +89,7 @@ def _database(ctx: Context) -> tuple[str, list[str], list[str] | str]:
             seen = catalog.workers_seen(session, ctx.clock() - WORKER_SILENT)
     except Exception as error:  # noqa: BLE001 -- whatever the driver raises, it is not ready
         todo = "Is it running, and does its disk have space? `tuneproof doctor` looks closer."
-        return f"cannot be read ({type(error).__name__}). {todo}", [], "not known without the database"
+        return f"cannot be read ({type(error).__name__}). {todo}", [], _UNKNOWN
     words = "ok" if has == needs else (
         f"is at revision {has}, and this version works with {needs}. Run `tuneproof migrate`, or, where a newer "
         "tuneproof wrote it, install that one."
@@ -90,18 +97,18 @@ def _database(ctx: Context) -> tuple[str, list[str], list[str] | str]:
     return words, unknown, seen or "none seen for 30 s, so no job is taken: start one with `tuneproof worker`"
 
 
-async def _storage(ctx: Context) -> str:
-    """One look at a time, however many ask and hang up: where the store says nothing, each would hold a thread."""
-    probing = ctx.probing
-    if probing is None or probing.done():
-        probing = ctx.probing = asyncio.create_task(asyncio.to_thread(_probed, ctx.storage))
-    done, _waiting = await asyncio.wait((probing,), timeout=_PROBE_SECONDS)
-    return probing.result() if done else f"has not answered for {_PROBE_SECONDS:g} s. See TUNEPROOF_STORAGE_URL."
+async def _looked(ctx: Context, look: Callable[[Context], Found], silent: Found) -> Found:
+    """One look at a time, however many ask and hang up: where nothing answers, each would hold a thread."""
+    looking = ctx.looking.get(look)
+    if looking is None or looking.done():
+        looking = ctx.looking[look] = asyncio.create_task(asyncio.to_thread(look, ctx))
+    done, _waiting = await asyncio.wait((looking,), timeout=_PROBE_SECONDS)
+    return looking.result() if done else silent
 
 
-def _probed(storage: Storage) -> str:
+def _storage(ctx: Context) -> str:
     try:
-        storage.probe()
+        ctx.storage.probe()
     except Exception as error:  # noqa: BLE001 -- every driver has its own
         todo = "Is it there, and may the service's user read it? See TUNEPROOF_STORAGE_URL."
         return f"cannot be reached ({type(error).__name__}). {todo}"

@@ -140,6 +140,30 @@ def test_a_storage_that_says_nothing_is_looked_at_once_however_many_ask(
     assert checks(client)["storage"] == "ok"
 
 
+def test_a_database_that_says_nothing_is_looked_at_once_however_many_ask(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, looks, answers = start(), list[int](), threading.Event()
+    monkeypatch.setattr(operations, "_PROBE_SECONDS", 0.05)
+    revisions = operations.revisions
+
+    def looked(connection: Any) -> tuple[str | None, str]:
+        looks.append(1)
+        assert answers.wait(60)
+        return revisions(connection)
+
+    monkeypatch.setattr(operations, "revisions", looked)
+    try:
+        with ThreadPoolExecutor(8) as callers:
+            said = list(callers.map(lambda _: client.get("/readyz"), range(16)))
+        assert {answer.status_code for answer in said} == {503}
+        assert not [answer for answer in said if "checks" in answer.json()], "whose key it is is not known"
+        assert looks == [1]
+    finally:
+        answers.set()
+    until(lambda: client.get("/readyz").status_code == 200, 10, "the database is back")
+
+
 def test_where_every_thread_is_taken_it_still_says_that_it_is_up(start: Start) -> None:
     client, free = start(), threading.Event()
 
